@@ -1,0 +1,109 @@
+"""Vectors to direction codes and back: the arithmetic, without any layout.
+
+A vector x of a head is ``x = r * (c - 1.5) @ out`` with a radius r and a string
+of 2-bit digits c. A dimension of the frame that was given n digits is a uniform
+mid-rise grid of 4**n levels; its digits enter with weights 4**(n-1) ... 1, which
+``out`` has folded in. So whoever reads codes needs no widths: keys need
+``q @ out.T``, values ``sum(p r (c - 1.5)) @ out``, and every head runs the same
+kernel whatever its own allocation is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import DIGIT_BITS, DIGITS_PER_WORD
+
+#: An 8-bit log radius: 0 is a zero vector, code c > 0 stands for 2 ** ((c - 128) / 16).
+RADIUS_STEPS_PER_OCTAVE = 16
+RADIUS_ZERO = 128
+
+
+class Frame(NamedTuple):
+    """Where the directions of one layer's keys (or values) are coded.
+
+    ``into`` [H, D, D]: ``z = x @ into``.
+    ``grid`` [H, 3, D]: step (in units of the radius), levels, and weight in the radius fit.
+    ``plan`` [H, 2, N] int32: of digit g, its dimension and its shift in that dimension's code.
+    ``out`` [H, N, D]: digits to vectors, the inverse of all of it.
+    """
+
+    into: Tensor
+    grid: Tensor
+    plan: Tensor
+    out: Tensor
+
+
+def pack_digits(digits: Tensor) -> Tensor:
+    """[..., N] digits in 0..3 -> [..., N / 4] bytes (N / 8 little-endian int16 words)."""
+    n = digits.shape[-1]
+    if n % DIGITS_PER_WORD:
+        raise ValueError(f"{n} digits do not fill words of {DIGITS_PER_WORD}")
+    quads = digits.reshape(*digits.shape[:-1], n // 4, 4).to(torch.uint8)
+    return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6
+
+
+def unpack_digits(packed: Tensor) -> Tensor:
+    """Inverse of :func:`pack_digits`: [..., N / 4] bytes -> [..., N] uint8."""
+    shifts = torch.arange(0, 8, DIGIT_BITS, dtype=torch.uint8, device=packed.device)
+    digits = (packed.unsqueeze(-1) >> shifts) & 3
+    return digits.flatten(-2)
+
+
+def encode_radius(r: Tensor) -> Tensor:
+    """[...] radii >= 0 -> uint8 codes, relative error at most 2**(1/32) - 1."""
+    code = torch.round(torch.log2(r) * RADIUS_STEPS_PER_OCTAVE) + RADIUS_ZERO
+    return torch.where(r > 0, code.clamp(1, 255), torch.zeros_like(code)).to(torch.uint8)
+
+
+def decode_radius(code: Tensor) -> Tensor:
+    """uint8 codes -> float32 radii."""
+    r = torch.exp2((code.float() - RADIUS_ZERO) / RADIUS_STEPS_PER_OCTAVE)
+    return torch.where(code > 0, r, torch.zeros_like(r))
+
+
+def largest_radius() -> float:
+    """The largest radius that the 8-bit code can hold."""
+    return 2.0 ** ((255 - RADIUS_ZERO) / RADIUS_STEPS_PER_OCTAVE)
+
+
+def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Code vectors in a frame.
+
+    Args:
+        x: [B, H, n, D], any float dtype.
+        frame: the head's frame.
+        unbiased: fit the radius so that ``<z, z^> = <z, z>`` (keys: no shrinking of
+            logits); otherwise least squares (values).
+
+    Returns:
+        digits [B, H, n, N] uint8, and radii [B, H, n] float32 before their own coding.
+    """
+    z = torch.matmul(x.float(), frame.into)
+    step, levels, weight = (row.unsqueeze(-2) for row in frame.grid.unbind(1))
+    r = z.square().mean(-1, keepdim=True).sqrt()
+    safe = torch.where(r > 0, r, torch.ones_like(r))
+    code = torch.floor(z / (safe * step) + levels / 2)
+    code = torch.minimum(code.clamp(min=0), levels - 1)
+    zh = step * (code - (levels - 1) / 2)
+    along = (weight * z * zh).sum(-1)
+    if unbiased:
+        radius = (weight * z * z).sum(-1) / along
+    else:
+        radius = along / (weight * zh * zh).sum(-1)
+    # A vector whose code points away from it (never for a grid with enough levels) keeps its length.
+    radius = torch.where((along > 0) & torch.isfinite(radius), radius, r.squeeze(-1))
+    radius = torch.where(r.squeeze(-1) > 0, radius, torch.zeros_like(radius))
+    dims, shifts = frame.plan.long().unbind(1)
+    batch, _, n, _ = x.shape
+    index = dims[None, :, None, :].expand(batch, -1, n, -1)
+    digits = (code.to(torch.int32).gather(-1, index) >> shifts[:, None, :].int()) & 3
+    return digits.to(torch.uint8), radius
+
+
+def decode(digits: Tensor, radius: Tensor, frame: Frame) -> Tensor:
+    """[B, H, n, N] digits and [B, H, n] radii -> [B, H, n, D] float32 vectors."""
+    return torch.matmul(digits.float() - 1.5, frame.out) * radius.unsqueeze(-1)

@@ -1,0 +1,237 @@
+"""The torch.compile backend ``skv``.
+
+``torch.compile(model, backend="skv", mode=..., options=...)`` and
+``model.compile(backend="skv")`` find it through an entry point, with no import of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+
+from .cache import phantom
+from .cache.journal import Journal
+from .cache.state import LayerState
+from .config import Config, make_config, nearest
+from .errors import CacheStateError, ConfigError, UnsupportedError
+from .patterns import Match, Site, match
+from .report import GraphReport, record
+from .rewrite import Rewritten, rewrite
+from .salt import config_patches
+
+log = logging.getLogger(__name__)
+
+#: Options of the backend that are not settings of the cache.
+BACKEND_OPTIONS = {
+    "inductor": "dict of torch._inductor.config settings for the graphs compiled here",
+    "inner": "what compiles the rewritten graph: 'inductor' (default) or 'eager'",
+}
+
+
+def skv(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite the attention sites of a graph and compile it.
+
+    Args:
+        gm, example_inputs: from Dynamo.
+        mode: as for Inductor ("default", "reduce-overhead", "max-autotune", ...).
+        options: fields of :class:`Config`, and those of ``BACKEND_OPTIONS``. Of a
+            ``SphericalCache`` the cache's own config counts.
+
+    Raises:
+        ConfigError: an unknown option or mode.
+        UnsupportedError: a gradient is required, or, with ``strict``, an attention that has a
+            cache could not be rewritten.
+    """
+    return SkvBackend(mode=mode, options=options)(gm, example_inputs)
+
+
+class SkvBackend:
+    """The backend with its settings validated."""
+
+    _skv_backend = True
+
+    def __init__(
+        self,
+        *,
+        config: Config | None = None,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        settings, extra = split_options(options or {})
+        self.config = make_config(config, **settings)
+        self.inner = extra.get("inner", "inductor")
+        if self.inner not in ("inductor", "eager"):
+            raise ConfigError(f"inner={self.inner!r}: expected 'inductor' or 'eager'.")
+        self.inductor = {**_mode_options(mode), **extra.get("inductor", {})}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SkvBackend) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash((self.config, self.inner))
+
+    def _key(self) -> tuple:
+        return (self.config, self.inner, tuple(sorted(self.inductor.items())))
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found = match(gm.graph)
+        nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        inputs = dict(zip(nodes, example_inputs, strict=True))
+        states = [_state_for(site, inputs, self.config) for site in found.sites]
+        record(GraphReport.of(found, states))
+        self._speak_of(found)
+        if not found.sites:
+            return self._compile(gm, list(example_inputs), self.config)
+        _refuse_gradients(example_inputs)
+        done = rewrite(gm, found, states, example_inputs)
+        inner = self._compile(done.module, done.example_inputs, states[0].config)
+        columns = [nodes.index(site.key.cache) for site in found.sites]
+        values = [nodes.index(site.value.cache) for site in found.sites]
+        lengths = {site.query.meta["example_value"].shape[2] for site in found.sites}
+        one_token = all(isinstance(n, int) and n == 1 for n in lengths)
+        return _runtime(inner, done, columns, values, states, 1 if one_token else 2)
+
+    def _speak_of(self, found: Match) -> None:
+        if not found.refusals:
+            return
+        lines = [f"  {r.where or 'attention ' + str(r.index)}: {r.reason}" for r in found.refusals]
+        text = "\n".join(
+            [f"{len(found.refusals)} attention(s) with a cache were not rewritten:", *lines]
+        )
+        if self.config.strict:
+            raise UnsupportedError(f"{text}\nstrict=True asks for all of them.")
+        bounded = all(r.code == "sliding" for r in found.refusals)
+        log.log(logging.INFO if bounded else logging.WARNING, text)
+
+    def _compile(
+        self, gm: GraphModule, example_inputs: list[Any], config: Config
+    ) -> Callable[..., Any]:
+        if self.inner == "eager":
+            return gm
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {**self.inductor, **config_patches(config)}
+        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options -> fields of ``Config``, and options of the backend; unknown names raise."""
+    fields = [f.name for f in dataclasses.fields(Config)]
+    known = [*fields, *BACKEND_OPTIONS]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r} for backend 'skv'.{nearest(name, known)}")
+    settings = {k: v for k, v in options.items() if k in fields}
+    return settings, {k: v for k, v in options.items() if k not in fields}
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    if mode in (None, "default"):
+        return {}
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise ConfigError(f"mode={mode!r} is not known.{nearest(str(mode), ['default', *known])}")
+    return dict(known[mode])
+
+
+def _state_for(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState:
+    """The state behind a site: that of its phantom, or a new one for a dense buffer."""
+    key, value = inputs[site.key.cache], inputs[site.value.cache]
+    if isinstance(key, FakeTensor):
+        raise UnsupportedError(
+            "The cache reached the backend without its data (export or ahead-of-time compilation). "
+            "Use torch.compile on the running model."
+        )
+    state, other = phantom.state_of(key), phantom.state_of(value)
+    if state is not other:
+        raise CacheStateError("keys and values of one attention belong to different caches.")
+    if state is not None:
+        return state
+    batch, heads, slots, head_dim = key.shape
+    return LayerState(config, batch, heads, head_dim, slots, key.dtype, key.device)
+
+
+def _refuse_gradients(inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        raise UnsupportedError(
+            "A gradient is required, and a compressed cache has none. Call the model under "
+            "torch.no_grad() or torch.inference_mode(), or train with a dense cache."
+        )
+
+
+def _runtime(
+    inner: Callable[..., Any],
+    done: Rewritten,
+    keys: list[int],
+    values: list[int],
+    states: list[LayerState],
+    tokens: int,
+) -> Callable[..., Any]:
+    """What Dynamo calls: original inputs in, state tensors looked up on the phantoms.
+
+    ``keys``, ``values``: columns of the sites' caches in the original inputs. ``tokens`` is 1
+    for a graph that decodes one token a row, else more.
+    """
+    kept, journal = done.kept, Journal()
+    signatures = [state.signature for state in states]
+    on_cpu = states[0].device.type == "cpu"
+
+    def adopt(args: tuple) -> None:
+        """Dense buffers become phantoms; what they hold already is stored first."""
+        for key, value, state in zip(keys, values, states, strict=True):
+            if phantom.state_of(args[key]) is None:
+                _import(args[key], args[value], state)
+                phantom.vacate(args[key], state)
+                phantom.vacate(args[value], state)
+
+    def run(*args: Any) -> Any:
+        feed = [args[n] for n in kept]
+        current = []
+        for key, signature in zip(keys, signatures, strict=True):
+            state = phantom.state_of(args[key])
+            if state is None:
+                adopt(args)
+                state = phantom.state_of(args[key])
+                assert state is not None
+            if state.signature != signature:
+                raise CacheStateError(
+                    f"this graph was compiled for a cache of {signature} and was given one of "
+                    f"{state.signature}. Compile again (torch._dynamo.reset()) for the new cache."
+                )
+            feed.extend(state.tensors)
+            current.append(state)
+        if not on_cpu:
+            return inner(*feed)
+        for state in current:
+            journal.record(state, tokens)
+        try:
+            out = inner(*feed)
+        except Exception:
+            journal.rollback()
+            raise
+        journal.commit()
+        return out
+
+    return run
+
+
+def _import(key: Tensor, value: Tensor, state: LayerState) -> None:
+    """Store what a dense cache already holds, up to its last slot that is not zero."""
+    used = (key != 0).any(-1).any(1).any(0) | (value != 0).any(-1).any(1).any(0)
+    count = int(used.nonzero().max()) + 1 if used.any() else 0
+    if count:
+        position = torch.arange(count, device=key.device)
+        state.append(key[:, :, :count], value[:, :, :count], None, position)

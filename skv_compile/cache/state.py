@@ -1,0 +1,230 @@
+"""One layer's compressed cache: tensors, their sizes, and what is done to them between steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..codec.grid import grid_frame
+from ..codec.tiers import Tier, choose_tier, tiers
+from ..config import Config
+from ..errors import CacheStateError, ConfigError
+from ..lowering import ops, reference
+from ..lowering.codes import Frame
+from ..lowering.layout import Layout
+from ..lowering.state import FLAGS, LENGTH, PAD, PAGES, State, page_ids, raise_flags, ring_tokens
+
+
+class Undo(NamedTuple):
+    """What a forward may have changed, as it was before."""
+
+    meta: Tensor
+    exact: tuple[Tensor, Tensor] | None
+
+
+class LayerState:
+    """The state of one attention layer: [B, H] lists of pages beside sinks and a ring.
+
+    Args:
+        config: codec and sizes.
+        batch, heads, head_dim: of the keys and values.
+        max_tokens: slots of the dense cache this stands for.
+        dtype, device: of the model's keys and values.
+        budget: most bytes of this layer, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget: int | None = None,
+    ) -> None:
+        self.config = config
+        self.batch, self.heads = batch, heads
+        self.dtype, self.device = dtype, device
+        self.tier = self._choose(head_dim, max_tokens, budget)
+        self.layout: Layout = self.tier.layout
+        self.counter: Tensor | None = None  # a Cache layer's cumulative_length, undone with the rest
+        slots = (batch, heads, self.layout.exact_slots, head_dim)
+        pages = batch * heads * self.layout.max_pages + 1  # the last is scratch
+        self.tensors = State(
+            torch.zeros(slots, dtype=dtype, device=device),
+            torch.zeros(slots, dtype=dtype, device=device),
+            torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device),
+            torch.zeros(batch, 4, dtype=torch.int64, device=device),
+            *self._frames(),
+        )
+
+    def _choose(self, head_dim: int, max_tokens: int, budget: int | None) -> Tier:
+        name = str(self.dtype).removeprefix("torch.")
+        best = choose_tier(self.config, head_dim, max_tokens, name)
+        if budget is None:
+            return best
+        sizes = []
+        for tier in tiers(self.config, head_dim, max_tokens, name):
+            layout = tier.layout
+            exact = 2 * layout.exact_slots * head_dim * self.dtype.itemsize
+            sizes.append(self.batch * self.heads * (exact + layout.max_pages * layout.page_bytes))
+            if tier.rate <= best.rate and sizes[-1] <= budget:
+                chosen = tier
+        if min(sizes) > budget:
+            window = self.batch * self.heads * exact
+            raise ConfigError(
+                f"budget of {budget} bytes a layer is too small: sinks and recent window alone take "
+                f"{window}, the coarsest tier {min(sizes)} for {max_tokens} tokens. Raise the "
+                "budget, or lower max_cache_len, sinks or recent."
+            )
+        return chosen
+
+    def _frames(self) -> tuple[Tensor, ...]:
+        if self.layout.kind == "exact":
+            empty = torch.empty(0, device=self.device)
+            return (empty,) * 8
+        dim = self.layout.head_dim
+        sides = (self.layout.key_digits // dim, self.layout.value_digits // dim)
+        frames: list[Frame] = [grid_frame(self.heads, dim, n, self.device) for n in sides]
+        return tuple(x for frame in frames for x in frame)
+
+    # ------------------------------------------------------------ what it is
+
+    @property
+    def signature(self) -> str:
+        """Everything a compiled graph has baked in about this state."""
+        return f"{self.layout.key}|{self.batch}x{self.heads}|{self.dtype}|{self.device}"
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of every tensor held for this layer."""
+        seen = {x.data_ptr(): x.numel() * x.element_size() for x in self.tensors if x.numel()}
+        return sum(seen.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense cache that this one replaces."""
+        tokens = self.batch * self.heads * self.layout.max_tokens
+        return 2 * tokens * self.layout.head_dim * self.dtype.itemsize
+
+    # ------------------------------------------------------------ what it does
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        position: Tensor,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        return ops.attend(q, k, v, mask, position, *self.tensors, causal, scale, self.layout.key)
+
+    def append(self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor) -> None:
+        ops.append(k, v, mask, position, *self.tensors, self.layout.key)
+
+    def raise_flags(self, where: str) -> None:
+        """Raise what the device flagged since the last check, and clear it."""
+        flags = 0
+        for value in self.tensors.meta[:, FLAGS].tolist():
+            flags |= value
+        if flags:
+            self.tensors.meta[:, FLAGS] = 0
+        raise_flags(flags, where)
+
+    def reset(self) -> None:
+        """Forget every token; memory and addresses stay."""
+        self.tensors.meta.zero_()
+
+    def snapshot(self, tokens: int) -> Undo:
+        """What :meth:`restore` needs to undo a forward of ``tokens`` tokens.
+
+        One token overwrites only a ring slot whose token has long been in a page.
+        """
+        exact = None
+        if tokens > 1:
+            exact = (self.tensors.exact_keys.clone(), self.tensors.exact_values.clone())
+        return Undo(self.tensors.meta.clone(), exact)
+
+    def restore(self, undo: Undo) -> None:
+        self.tensors.meta.copy_(undo.meta)
+        if undo.exact is not None:
+            self.tensors.exact_keys.copy_(undo.exact[0])
+            self.tensors.exact_values.copy_(undo.exact[1])
+
+    def crop(self, remove: int) -> None:
+        """Drop the last ``remove`` tokens of every row.
+
+        A page that is cut loses its dropped tokens; those that stay return to the ring as
+        they were decoded.
+        """
+        meta, layout = self.tensors.meta, self.layout
+        for row, (pad, length, pages, _) in enumerate(meta.tolist()):
+            if remove > pad + length:
+                raise CacheStateError(f"crop({-remove}): the cache has seen {pad + length} tokens.")
+            left = max(0, length - remove)
+            i = max(0, left - layout.sinks)
+            if i < pages * layout.page_tokens:
+                cut = i // layout.page_tokens
+                self._reopen(row, cut, i - cut * layout.page_tokens)
+                pages = cut
+            pad = min(pad, pad + length - remove)
+            meta[row, :FLAGS] = torch.tensor([pad, left, pages], device=meta.device)
+
+    def _reopen(self, row: int, page: int, tokens: int) -> None:
+        """Decode the first ``tokens`` tokens of a page of a row back into the ring."""
+        if tokens == 0:
+            return
+        layout, state = self.layout, self.tensors
+        first = torch.tensor([page], device=self.device)
+        ids = page_ids(self.batch, self.heads, layout.max_pages, first, 1)[row]
+        k, v = reference.decode_pages(state.pool[ids][None], state, layout)
+        i = page * layout.page_tokens + torch.arange(tokens, device=self.device)
+        slots = layout.sinks + i % layout.ring
+        state.exact_keys[row, :, slots] = k[0, :, :tokens].to(self.dtype)
+        state.exact_values[row, :, slots] = v[0, :, :tokens].to(self.dtype)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, D] at their slots, zeros elsewhere. Allocates a dense layer."""
+        layout, state = self.layout, self.tensors
+        shape = (self.batch, self.heads, layout.max_tokens, layout.head_dim)
+        out = tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        ring_i, ring_live = ring_tokens(state.meta, layout)
+        for row, (pad, length, pages, _) in enumerate(state.meta.tolist()):
+            first = torch.zeros(1, dtype=torch.int64, device=self.device)
+            ids = page_ids(self.batch, self.heads, layout.max_pages, first, pages)[row]
+            coded = reference.decode_pages(state.pool[ids][None], state, layout)
+            sinks = min(layout.sinks, length)
+            where = pad + layout.sinks + ring_i[row][ring_live[row]]
+            for dense, exact, page in zip(out, state[:2], coded, strict=True):
+                dense[row, :, pad : pad + sinks] = exact[row, :, :sinks]
+                start = pad + layout.sinks
+                dense[row, :, start : start + pages * layout.page_tokens] = page[0].to(self.dtype)
+                dense[row, :, where] = exact[row, :, layout.sinks :][:, ring_live[row]]
+        return out[0], out[1]
+
+    def select(self, rows: Tensor) -> LayerState:
+        """A state whose row n is row ``rows[n]`` of this one (itself if the batch keeps its size)."""
+        if len(rows) == self.batch:
+            target = self
+        else:
+            target = LayerState.__new__(LayerState)
+            target.__dict__.update(self.__dict__, batch=len(rows))
+        state, layout = self.tensors, self.layout
+        per_row = state.pool[:-1].view(self.batch, -1, layout.page_bytes)
+        exact = [x.index_select(0, rows) for x in (*state[:2], state.meta)]
+        pool = torch.cat([per_row.index_select(0, rows).flatten(0, 1), state.pool[-1:]])
+        if target is self:
+            for old, new in zip((*state[:2], state.meta, state.pool), (*exact, pool), strict=True):
+                old.copy_(new)
+        else:
+            target.tensors = State(exact[0], exact[1], pool, exact[2], *state[4:])
+        return target
+
+
+__all__ = ["LENGTH", "PAD", "PAGES", "LayerState", "Undo"]

@@ -1,0 +1,168 @@
+"""What several commands share: arguments, versions, the JSON file, timing of tokens."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from skv_compile.errors import SkvError
+
+#: Decoding steps left out of a speed: they contain compilation and its warm-up.
+WARM_UP_STEPS = 8
+
+
+class UsageError(SkvError):
+    """Arguments that cannot be meant."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--model``, and the settings of the cache."""
+    parser.add_argument(
+        "--model",
+        default="demo",
+        metavar="M",
+        help="Hugging Face id, local folder, GGUF file, or 'demo' (the default): "
+        "SmolLM2-135M-Instruct from the package registry",
+    )
+    parser.add_argument(
+        "--bits", type=float, metavar="B", help="bits per coordinate of the compressed region"
+    )
+    parser.add_argument(
+        "--codec", metavar="C", help="how directions are coded; 'identity' is exact"
+    )
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings the user named, checked now rather than after the model has loaded."""
+    import skv_compile as skv
+
+    chosen = {k: v for k in ("bits", "codec") if (v := getattr(args, k)) is not None}
+    skv.Config(**chosen)
+    return chosen
+
+
+def positive(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that a number depends on."""
+    found: dict[str, str | None] = {}
+    for name in ("skv-compile", "torch", "transformers", "triton"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    found["python"] = platform.python_version()
+    return found
+
+
+def device_name(device: Any) -> str:
+    """A torch device in words."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def check_writable(file: str) -> None:
+    """Refuse a ``--json`` file that cannot be written before the work starts."""
+    path = Path(file)
+    if path.is_dir():
+        raise UsageError(f"--json {file}: this is a folder, give a file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--json {file}: the folder {path.parent} does not exist")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"--json {file}: the folder {path.parent} cannot be written")
+
+
+def write_json(file: str, command: str, result: dict[str, Any]) -> None:
+    """Write ``result`` with the command and versions that made it, whole or not at all."""
+    record = {
+        "command": command,
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        **result,
+    }
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    path = Path(file).absolute()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+class TokenTimer:
+    """A ``generate`` streamer that notes when each token came, and can pass tokens on."""
+
+    def __init__(self, each: Callable[[], None] = lambda: None, then: Any = None) -> None:
+        self._each, self._then = each, then
+        self.times: list[float] = []
+        self._prompt = True
+
+    def put(self, tokens: Any) -> None:
+        """Called by ``generate`` with the prompt, then with every new token."""
+        self.times.append(time.perf_counter())
+        if not self._prompt:
+            self._each()
+        self._prompt = False
+        if self._then is not None:
+            self._then.put(tokens)
+
+    def end(self) -> None:
+        """Called by ``generate`` when it is done."""
+        if self._then is not None:
+            self._then.end()
+
+    def speed(self) -> dict[str, float | int | None]:
+        """Tokens per second of decoding and how they were counted, in plain numbers.
+
+        ``times`` begins with the prompt, then the first token (made by the prefill); every
+        later difference is one decoding step. The first :data:`WARM_UP_STEPS` of them hold
+        compilation and are reported as their own time. The speed is that of the median step,
+        which another program on the machine disturbs least.
+        """
+        between = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        prefill, steps = (between[0] if between else 0.0), between[1:]
+        counted = steps[WARM_UP_STEPS:]
+        median = statistics.median(counted) if counted else None
+        return {
+            "tokens_per_second": 1 / median if median else None,
+            "median_step_seconds": median,
+            "mean_step_seconds": statistics.fmean(counted) if counted else None,
+            "steps_counted": len(counted),
+            "steps_left_out": min(len(steps), WARM_UP_STEPS),
+            "prefill_seconds": prefill,
+            "first_steps_seconds": sum(steps[:WARM_UP_STEPS]),
+        }
+
+
+def size(count: float) -> str:
+    """Bytes for people: 12.3 MB."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

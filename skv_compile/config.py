@@ -1,0 +1,122 @@
+"""What a user may choose. One frozen dataclass, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError
+
+CODECS = ("grid", "identity")
+POLICIES = ("none",)
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+
+
+def _doc(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"doc": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the KV cache is stored.
+
+    Raises:
+        ConfigError: a value is out of range, or a name is unknown.
+    """
+
+    bits: float = _doc(
+        4.125,
+        "Bits per coordinate of the compressed region, every stored bit counted. The largest "
+        "tier that fits is taken; sinks and the recent window come on top.",
+    )
+    codec: str = _doc("grid", f"How pages are coded: {', '.join(CODECS)}. 'identity' is exact.")
+    retention: str = _doc("none", f"Which tokens are kept: {', '.join(POLICIES)}.")
+    sinks: int = _doc(4, "First tokens of a sequence that stay exact.")
+    recent: int = _doc(64, "Last tokens that stay exact.")
+    page_tokens: int = _doc(64, "Tokens in a page; old tokens are encoded a page at a time.")
+    budget: int | str | None = _doc(
+        None,
+        "Most bytes the whole cache may take, sinks and window included ('2GiB', '500MB' or a "
+        "number); the finest tier within it is taken, and never more than `bits`.",
+    )
+    strict: bool = _doc(
+        False, "Raise when an attention that has a cache could not be rewritten, instead of warning."
+    )
+
+    def __post_init__(self) -> None:
+        _choice("codec", self.codec, CODECS)
+        _choice("retention", self.retention, POLICIES)
+        for name, low in (("sinks", 0), ("recent", 1), ("page_tokens", 8)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ConfigError(f"{name}={value!r}: expected an integer of at least {low}.")
+        if self.page_tokens % 8:
+            raise ConfigError(f"page_tokens={self.page_tokens}: expected a multiple of 8.")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)):
+            raise ConfigError(f"bits={self.bits!r}: expected a number of bits per coordinate.")
+        if not 0 < self.bits <= 64:
+            raise ConfigError(f"bits={self.bits}: expected more than 0 and at most 64.")
+        if self.budget is not None:
+            parse_bytes(self.budget)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The budget as a number of bytes."""
+        return None if self.budget is None else parse_bytes(self.budget)
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some fields changed; unknown names raise with the nearest one suggested."""
+        return dataclasses.replace(self, **check_names(changes))
+
+
+def check_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuse names that ``Config`` does not have."""
+    known = [f.name for f in dataclasses.fields(Config)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}.{nearest(name, known)}")
+    return options
+
+
+def make_config(config: Config | None = None, **overrides: Any) -> Config:
+    """The configuration that ``config`` with ``overrides`` means."""
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(
+            f"config={config!r}: expected a skv.Config. To change single settings, name them: "
+            "skv.compile(model, bits=2.125)."
+        )
+    return (config or Config()).replace(**overrides)
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """' Did you mean ...? Known: ...' for an error about a name."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """'2GiB', '500 MB' or a number -> bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
+    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ConfigError(
+            f"budget={value!r}: expected a positive number of bytes or a size such as '2GiB' or '500MB'."
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known.{nearest(str(value), known)}")

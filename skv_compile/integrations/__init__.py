@@ -1,0 +1,1 @@
+"""How ``skv.compile`` meets the models of a library."""

@@ -1,0 +1,181 @@
+"""``skv.compile`` on a transformers model: generate() and forward(), in place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from ..backend import SkvBackend
+from ..cache.spherical import SphericalCache
+from ..config import Config
+from ..errors import CacheStateError, SkvError, UnsupportedError
+
+#: Caches made by generate() are rounded up to this many tokens, so that prompts of similar
+#: length share one compiled graph.
+LENGTH_STEP = 256
+
+
+def is_hf_model(target: object) -> bool:
+    """Whether ``target`` is a transformers model that can generate."""
+    from transformers import PreTrainedModel
+
+    return isinstance(target, PreTrainedModel)
+
+
+class Attachment:
+    """What ``skv.compile`` adds to one model.
+
+    Prefill runs eagerly (one forward, any length); single-token forwards on a
+    ``SphericalCache`` run compiled with the ``skv`` backend.
+    """
+
+    def __init__(self, model: Any, config: Config, mode: str | None) -> None:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are "
+                "supported. Nothing was changed."
+            )
+        self.config, self.mode = config, mode
+        self._model = weakref.ref(model)
+        self._forward = model.forward
+        self._generate = getattr(model, "generate", None)
+        self._compiled: Any = None
+        self._cache: SphericalCache | None = None
+
+    # ------------------------------------------------------------ forward
+
+    def compiled(self, device: torch.device) -> Any:
+        """The compiled forward, made once."""
+        if self._compiled is None:
+            mode = self.mode
+            if mode is None:
+                mode = "reduce-overhead" if device.type == "cuda" else "default"
+            backend = SkvBackend(config=self.config, mode=mode)
+            self._compiled = torch.compile(self._forward, backend=backend, fullgraph=True)
+        return self._compiled
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, SphericalCache) or torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        model = self._model()
+        assert model is not None
+        self._refuse(model, cache)
+        try:
+            if _tokens(model, args, kwargs) == 1 and cache.is_initialized:
+                return self.compiled(model.device)(*args, **kwargs)
+            return self._forward(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            inner = getattr(error, "inner_exception", None)
+            if isinstance(inner, SkvError):
+                raise inner from None
+            raise
+
+    def _refuse(self, model: Any, cache: SphericalCache) -> None:
+        if model.training:
+            raise UnsupportedError(
+                f"{type(model).__name__} is in training mode; a compressed cache is for inference. "
+                "Call model.eval() first."
+            )
+        owner = cache.owner() if cache.owner is not None else None
+        if owner is None:
+            cache.owner = self._model
+        elif owner is not model:
+            raise CacheStateError(
+                f"this cache belongs to another model ({type(owner).__name__}). "
+                "Make a SphericalCache for each model."
+            )
+
+    # ------------------------------------------------------------ generate
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """generate() with a spherical cache unless another cache was asked for."""
+        model = self._model()
+        assert model is not None and self._generate is not None
+        generation = kwargs.get("generation_config") or model.generation_config
+        chosen = kwargs.get("cache_implementation") or generation.cache_implementation
+        use_cache = kwargs.get("use_cache", generation.use_cache)
+        if kwargs.get("past_key_values") is None and chosen is None and use_cache is not False:
+            kwargs["past_key_values"] = self._cache_for(model, generation, args, kwargs)
+        if isinstance(kwargs.get("past_key_values"), SphericalCache):
+            kwargs.setdefault("disable_compile", True)  # forward() compiles by itself
+        out = self._generate(*args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, SphericalCache):
+            for n, state in enumerate(cache.states):
+                state.raise_flags(f"compressed layer {n}")
+        return out
+
+    def _cache_for(self, model: Any, generation: Any, args: tuple, kwargs: dict) -> SphericalCache:
+        def setting(name: str) -> Any:
+            return kwargs.get(name, getattr(generation, name, None))
+
+        prompt = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
+        embeds = kwargs.get("inputs_embeds")
+        rows, length = 1, 1
+        if prompt is not None:
+            rows, length = prompt.shape[:2]
+        if embeds is not None:
+            rows, length = embeds.shape[0], max(length, embeds.shape[1])
+        new = setting("max_new_tokens")
+        total = length + new if new is not None else max(setting("max_length") or 0, length + 20)
+        rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        total = -(-total // LENGTH_STEP) * LENGTH_STEP
+        old, returned = self._cache, setting("return_dict_in_generate")
+        if old is not None and not returned and old.max_cache_len == total and old.batch_size == rows:
+            old.reset()
+            return old
+        cache = SphericalCache(model.config, total, self.config)
+        self._cache = None if returned else cache
+        return cache
+
+    @property
+    def cache(self) -> SphericalCache | None:
+        """The cache of the last generate() call that made its own."""
+        return self._cache
+
+
+def attach(model: Any, config: Config, mode: str | None) -> Any:
+    """Let ``model`` use spherical caches; a second call replaces the settings of the first."""
+    before = getattr(model, "_skv", None)
+    if before is not None:
+        detach(model)
+    attachment = Attachment(model, config, mode)
+
+    @functools.wraps(attachment._forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return attachment.forward(*args, **kwargs)
+
+    model.forward = forward
+    if attachment._generate is not None:
+
+        @functools.wraps(attachment._generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            return attachment.generate(*args, **kwargs)
+
+        model.generate = generate
+    model._skv = attachment
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Undo :func:`attach`."""
+    for name in ("forward", "generate", "_skv"):
+        model.__dict__.pop(name, None)
+    return model
+
+
+def _tokens(model: Any, args: tuple, kwargs: dict) -> int:
+    """Tokens a row of this forward brings."""
+    for name in ("input_ids", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return kwargs[name].shape[1]
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0].shape[1]
+    names = list(inspect.signature(type(model).forward).parameters)
+    raise SkvError(f"no input_ids or inputs_embeds among the arguments; forward takes {names}.")
