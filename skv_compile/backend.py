@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .cache import phantom
 from .cache.journal import Journal
 from .cache.state import LayerState
 from .config import Config, make_config, nearest
 from .errors import CacheStateError, ConfigError, UnsupportedError
-from .patterns import Match, Site, match
+from .patterns import Match, Refusal, Site, match
 from .report import GraphReport, record
 from .rewrite import Rewritten, rewrite
 from .salt import config_patches
@@ -90,6 +91,7 @@ class SkvBackend:
         found = match(gm.graph)
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         inputs = dict(zip(nodes, example_inputs, strict=True))
+        found = _leave_foreign(found, inputs)
         states = [_state_for(site, inputs, self.config) for site in found.sites]
         record(GraphReport.of(found, states))
         self._speak_of(found)
@@ -100,21 +102,22 @@ class SkvBackend:
         inner = self._compile(done.module, done.example_inputs, states[0].config)
         columns = [nodes.index(site.key.cache) for site in found.sites]
         values = [nodes.index(site.value.cache) for site in found.sites]
-        lengths = {site.query.meta["example_value"].shape[2] for site in found.sites}
+        lengths = [site.query.meta["example_value"].shape[2] for site in found.sites]
         one_token = all(isinstance(n, int) and n == 1 for n in lengths)
         return _runtime(inner, done, columns, values, states, 1 if one_token else 2)
 
     def _speak_of(self, found: Match) -> None:
-        if not found.refusals:
-            return
-        lines = [f"  {r.where or 'attention ' + str(r.index)}: {r.reason}" for r in found.refusals]
-        text = "\n".join(
-            [f"{len(found.refusals)} attention(s) with a cache were not rewritten:", *lines]
-        )
-        if self.config.strict:
-            raise UnsupportedError(f"{text}\nstrict=True asks for all of them.")
-        bounded = all(r.code == "sliding" for r in found.refusals)
-        log.log(logging.INFO if bounded else logging.WARNING, text)
+        # A sliding layer is bounded, and beside compressed layers a dense one is there by design.
+        benign = {"sliding", "foreign-cache"} if found.sites else {"sliding"}
+        for harmless in (True, False):
+            rows = [r for r in found.refusals if (r.code in benign) == harmless]
+            if not rows:
+                continue
+            lines = [f"  {r.where or 'attention ' + str(r.index)}: {r.reason}" for r in rows]
+            text = "\n".join([f"{len(rows)} attention(s) with a cache left dense:", *lines])
+            if self.config.strict and not harmless:
+                raise UnsupportedError(f"{text}\nstrict=True asks for all of them.")
+            log.log(logging.INFO if harmless else logging.WARNING, text)
 
     def _compile(
         self, gm: GraphModule, example_inputs: list[Any], config: Config
@@ -145,6 +148,38 @@ def _mode_options(mode: str | None) -> dict[str, Any]:
     if mode not in known:
         raise ConfigError(f"mode={mode!r} is not known.{nearest(str(mode), ['default', *known])}")
     return dict(known[mode])
+
+
+def _leave_foreign(found: Match, inputs: dict[Any, Any]) -> Match:
+    """Refuse sites whose dense memory somebody else still writes to."""
+    sites, refusals = [], list(found.refusals)
+    for site in found.sites:
+        if phantom.state_of(inputs[site.key.cache]) is None and _in_hf_cache(site.key.cache):
+            refusals.append(
+                Refusal(
+                    site.index,
+                    site.attention,
+                    "foreign-cache",
+                    "Its cache is a dense layer of a transformers cache, whose reset() and eager "
+                    "prefill write to that memory. Pass a skv.SphericalCache instead of a "
+                    "StaticCache; a sliding layer beside compressed ones stays as it is.",
+                    site.where,
+                )
+            )
+        else:
+            sites.append(site)
+    return Match(tuple(sites), tuple(refusals), found.plain)
+
+
+def _in_hf_cache(placeholder: Node) -> bool:
+    """Whether Dynamo found the tensor at ``<cache>.layers[n].keys``."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    return re.search(r"\.layers\[\d+\]\.(keys|values)$", _name(source)) is not None
+
+
+def _name(source: Any) -> str:
+    name = getattr(source, "name", "")  # a method in some versions of torch, a property in others
+    return name() if callable(name) else str(name)
 
 
 def _state_for(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 def show(result: Result, screen: Screen) -> None:
     """Print what was measured."""
     dense, spherical, far = result.dense, result.spherical, result.fidelity
-    screen.write(f"\nQuestion, after a document of {result.prefix_tokens} tokens or more:")
+    screen.write(f"\nA document and a question about it, {result.prompt_tokens} tokens together:")
     screen.write(f"  {result.question}")
     for title, side in (("Dense cache", dense), ("Spherical cache", spherical)):
         screen.write(f"\n{title}:\n  {side.text.strip()}")
@@ -63,14 +63,14 @@ def show(result: Result, screen: Screen) -> None:
     view.add_row("perplexity", "", f"{far.delta_ppl:+.2f} %")
     screen.print(view)
     screen.write(
-        f"{result.model} in {result.dtype} on {result.device}. The texts share their first "
-        f"{result.common_tokens} of {result.shorter} tokens.\n"
-        f"KL, top-1 and perplexity: {far.tokens} tokens scored through the cache after "
-        f"{result.prefix_tokens}.\n"
-        f"Bits count the compressed region; resident bytes also hold the exact sinks and recent "
-        f"window.\n"
-        f"Speed: the median step, without the first {common.WARM_UP_STEPS}, which contain "
-        f"compilation ({_first(dense)} s dense, {_first(spherical)} s spherical)."
+        f"{result.model} in {result.dtype} on {result.device}; both sides decode compiled.\n"
+        f"- The texts share their first {result.common_tokens} of {result.shorter} tokens.\n"
+        f"- Bits count the compressed region; resident bytes also hold the exact sinks and the "
+        f"exact recent window.\n"
+        f"- KL, top-1 and perplexity: {far.tokens} tokens of the document scored through the "
+        f"cache, after {result.prefix_tokens}.\n"
+        f"- Speed: the median step, without the first {common.WARM_UP_STEPS}, which contain "
+        f"compilation\n  ({_first(dense)} s dense, {_first(spherical)} s spherical)."
     )
 
 

@@ -29,13 +29,11 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     with screen.step("Model") as update:
         model = models.load(args.model, report=update).model
     with screen.step("Tracing one decoding step"), torch.no_grad():
-        cache = skv.SphericalCache(model.config, max_cache_len=512)
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        report = skv.explain(model, token, past_key_values=cache, use_cache=True)
+        report = skv.explain(model, token)
     screen.write(str(report))
-    found = report.to_json()
     return {
         "model": args.model,
         "device": common.device_name(model.device),
-        "report": json.loads(found) if isinstance(found, str) else found,
+        "report": json.loads(report.to_json()),
     }
