@@ -94,7 +94,7 @@ def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
         radius = (weight * z * z).sum(-1) / along
     else:
         radius = along / (weight * zh * zh).sum(-1)
-    # A vector whose code points away from it (never for a grid with enough levels) keeps its length.
+    # A code that points away from its vector, which no grid here gives, would keep the length.
     radius = torch.where((along > 0) & torch.isfinite(radius), radius, r.squeeze(-1))
     radius = torch.where(r.squeeze(-1) > 0, radius, torch.zeros_like(radius))
     dims, shifts = frame.plan.long().unbind(1)

@@ -10,7 +10,7 @@ region beside it travels in a short string, ``Layout.key``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import sympy
 import torch
@@ -85,12 +85,12 @@ class Layout:
         return ":".join(str(getattr(self, name)) for name in self.__dataclass_fields__)
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(key: str) -> Layout:
         """The layout whose ``key`` this is."""
-        kind, *rest = key.split(":")
-        numbers = [int(x) for x in rest[:-1]]
-        return Layout(kind, *numbers, dtype=rest[-1])
+        kind, *numbers, dtype = key.split(":")
+        d, n, p, s, r, nk, nv = map(int, numbers)
+        return Layout(kind, d, n, p, s, r, nk, nv, dtype)
 
     @cached_property
     def fields(self) -> dict[str, Field]:

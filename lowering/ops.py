@@ -26,7 +26,8 @@ _CONSTANTS = ", ".join(
 )
 _STATE = f"Tensor exact_keys, Tensor exact_values, Tensor pool, Tensor meta, {_CONSTANTS}"
 _MUTABLE_STATE = (
-    f"Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor(c!) pool, Tensor(d!) meta, {_CONSTANTS}"
+    "Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor(c!) pool, Tensor(d!) meta, "
+    + _CONSTANTS
 )
 
 ATTEND_SCHEMA = (

@@ -26,7 +26,20 @@ _WHERE = {
     "NonFiniteError": "errors",
 }
 
-__all__ = ["__version__", *sorted(_WHERE)]
+__all__ = [
+    "CacheStateError",
+    "CapacityError",
+    "Config",
+    "ConfigError",
+    "NonFiniteError",
+    "Report",
+    "SkvError",
+    "SphericalCache",
+    "UnsupportedError",
+    "__version__",
+    "compile",
+    "explain",
+]
 
 if TYPE_CHECKING:
     from .api import compile, explain

@@ -66,7 +66,7 @@ def _decorate(cls: type[nn.Module], config: Config, mode: str | None) -> type[nn
         if type(self) is cls:  # a subclass may not be finished yet
             compile(self, config, mode=mode)
 
-    cls.__init__ = init  # type: ignore[method-assign]
+    cls.__init__ = init
     return cls
 
 
@@ -94,7 +94,11 @@ def explain(model: Any, *args: Any, config: Config | None = None, **kwargs: Any)
 
 def _cache_like(model: Any, config: Config, args: tuple, kwargs: dict) -> SphericalCache:
     """A cache for one forward, allocated, so that the whole forward is one graph."""
-    ids = next(x for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+    ids = next(
+        x
+        for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        if x is not None
+    )
     cache = SphericalCache(model.config, ids.shape[1] + config.sinks + config.recent, config)
     text = model.config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

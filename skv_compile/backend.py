@@ -127,7 +127,7 @@ class SkvBackend:
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**self.inductor, **config_patches(config)}
-        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+        return compile_fx(gm, example_inputs, config_patches=patches)
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

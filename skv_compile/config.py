@@ -43,7 +43,8 @@ class Config:
         "number); the finest tier within it is taken, and never more than `bits`.",
     )
     strict: bool = _doc(
-        False, "Raise when an attention that has a cache could not be rewritten, instead of warning."
+        False,
+        "Raise when an attention that has a cache could not be rewritten, instead of warning.",
     )
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ def parse_bytes(value: int | str) -> int:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise ConfigError(
-            f"budget={value!r}: expected a positive number of bytes or a size such as '2GiB' or '500MB'."
+            f"budget={value!r}: expected a positive number of bytes, or a size such as '2GiB'."
         )
     return int(float(found[1]) * _UNITS[found[2]])
 

@@ -65,6 +65,8 @@ class Result:
     #: ``summary()`` of the cache that generated, and the settings it was made with.
     cache: dict[str, Any]
     config: dict[str, Any]
+    #: The machine's load before the work began; above its cores, the speeds mean little.
+    load_before: float | None
 
     @property
     def common_tokens(self) -> int:
@@ -87,6 +89,7 @@ def run(
 ) -> Result:
     """Load ``name`` and measure both sides. Each side compiles its decoding step once."""
     config = skv.Config(**(overrides or {}))
+    load_before = common.load_average()
     with screen.step("Model") as update:
         loaded = models.load(name, report=update)
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -135,6 +138,7 @@ def run(
         fidelity=fidelity,
         cache=cache.summary(),
         config=dataclasses.asdict(config),
+        load_before=load_before,
     )
 
 

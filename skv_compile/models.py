@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,8 +138,9 @@ def demo_folder(report: Report = lambda text: None) -> Path:
             report("converting the weights (once)")
             model, tokenizer = _from_pretrained(DEMO, str(work), gguf, None)
             built = work / "built"
-            model.save_pretrained(built)
-            tokenizer.save_pretrained(built)
+            with _no_bars():
+                model.save_pretrained(built)
+                tokenizer.save_pretrained(built)
             # A second run may have finished first: its folder is as good as ours.
             with contextlib.suppress(OSError):
                 built.rename(final)
@@ -213,26 +214,45 @@ def _from_pretrained(
     """Model and tokenizer through transformers; its many errors become one of ours."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the caller shows progress in its own way
     extra = {"gguf_file": gguf} if gguf else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, **extra)
+        with _no_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or torch.float32, **extra
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ModelError(
             f"could not load {name}: {first}\n"
             f"A model is a Hugging Face id, a local folder, a GGUF file, or '{DEMO}'"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     if gguf:
         _forget_quantization(model)
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence the progress bars of transformers: the caller shows progress in its own way."""
+    import functools
+
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    bar = getattr(reader, "tqdm", None)  # this one does not listen to the switch above
+    if bar is not None:
+        reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        if bar is not None:
+            reader.tqdm = bar
+        if on:
+            logging.enable_progress_bar()
 
 
 def _forget_quantization(model: Any) -> None:

@@ -40,13 +40,14 @@ def clone(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
     Dynamo reads its own graph again after a backend returns, so that one must stay as it is.
     """
-    graph, mapping = Graph(), {}
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
     output = graph.graph_copy(module.graph, mapping)
     old_output = next(iter(reversed(module.graph.nodes)))
     graph.output(output).meta.update(old_output.meta)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copied = GraphModule(module, graph)
     copied.meta = dict(module.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -80,7 +81,7 @@ def rewrite(
             node.meta["example_value"] = fake
             # A fixed address across calls, which CUDA graphs may rely on.
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-            node._dynamo_source = _source(new[site.key.cache], field)  # type: ignore[attr-defined]
+            node._dynamo_source = _source(new[site.key.cache], field)
             nodes.append(node)
             fakes.append(fake)
             anchor = node
@@ -100,7 +101,7 @@ def rewrite(
 
 def _source(cache: Node, field: str) -> AttrSource:
     """Where Dynamo would find a state tensor: an attribute of the phantom."""
-    source = cache._dynamo_source  # type: ignore[attr-defined]
+    source = cache._dynamo_source
     return AttrSource(AttrSource(AttrSource(source, "_skv_state"), "tensors"), field)
 
 
@@ -126,7 +127,17 @@ def _replace(
         position = _position(graph, site, new, key)
         attend = graph.call_function(
             ops.attend,
-            (new[site.query], key, value, mask, position, *nodes, site.is_causal, scale, layout.key),
+            (
+                new[site.query],
+                key,
+                value,
+                mask,
+                position,
+                *nodes,
+                site.is_causal,
+                scale,
+                layout.key,
+            ),
         )
         graph.call_function(ops.append, (key, value, mask, position, *nodes, layout.key))
     attend.meta = {k: v for k, v in attention.meta.items() if k != "val"}
@@ -167,4 +178,4 @@ def _plain_slots(graph: Graph, match: Match, new: dict[Node, Node]) -> None:
             node.replace_all_uses_with(plain)
             node.target, node.args = operator.add, ()  # seen twice: keys and values share it
             graph.erase_node(node)
-            new[write.position] = plain  # type: ignore[index]
+            new[write.position] = plain

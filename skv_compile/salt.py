@@ -18,7 +18,7 @@ def source_hash() -> str:
     """A hash over every source file that decides what code a graph becomes."""
     root = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for package in ("lowering", "patterns", "codec", "."):
+    for package in ("lowering", "lowering/reference", "patterns", "codec", "."):
         for path in sorted((root / package).glob("*.py")) + sorted(
             (root / package).glob("templates/*")
         ):

@@ -19,7 +19,6 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
-    StaticCache,
 )
 
 from skv_compile.cache.state import LayerState

@@ -150,7 +150,7 @@ class SphericalLayer(CacheLayerMixin):
         return self.max_cache_len, 0
 
     def get_seq_length(self) -> int:
-        return self.cumulative_length if self.is_initialized else 0  # type: ignore[return-value]
+        return self.cumulative_length if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         return self.max_cache_len
@@ -219,7 +219,10 @@ def _backend_is_ours() -> bool:
         return True
     seen = 0
     while compiler is not None and seen < 16:
-        if getattr(compiler, "_skv_backend", False) or getattr(compiler, "compiler_name", "") == "skv":
+        if (
+            getattr(compiler, "_skv_backend", False)
+            or getattr(compiler, "compiler_name", "") == "skv"
+        ):
             return True
         inner = getattr(compiler, "_torchdynamo_orig_backend", None)
         inner = inner or getattr(compiler, "compiler_fn", None) or getattr(compiler, "func", None)
@@ -269,14 +272,18 @@ class SphericalCache(Cache):
         self, model_config: Any, max_cache_len: int, config: Config | None = None, **overrides: Any
     ) -> None:
         self.config = make_config(config, **overrides)
-        if not isinstance(max_cache_len, int) or isinstance(max_cache_len, bool) or max_cache_len < 1:
+        if (
+            not isinstance(max_cache_len, int)
+            or isinstance(max_cache_len, bool)
+            or max_cache_len < 1
+        ):
             raise ConfigError(f"max_cache_len={max_cache_len!r}: expected a positive integer.")
         layers = list(StaticCache(config=model_config, max_cache_len=max_cache_len).layers)
         full = [n for n, layer in enumerate(layers) if type(layer) is StaticLayer]
         if not full:
             raise UnsupportedError(
-                f"{type(model_config).__name__} has no full-attention layer with a KV cache; there is "
-                "nothing to compress. Use the model's own cache."
+                f"{type(model_config).__name__} has no full-attention layer with a KV cache, so "
+                "there is nothing to compress. Use the model's own cache."
             )
         _check_early(self.config, model_config, max_cache_len)
         self.journal = Journal()
@@ -284,9 +291,14 @@ class SphericalCache(Cache):
         for n in full:
             layers[n] = SphericalLayer(max_cache_len, self.config, n, siblings, self.journal)
             siblings.append(layers[n])
-        self.max_cache_len = max_cache_len
+        self._max_cache_len = max_cache_len
         self.owner: Any = None  # weak reference to the compiled model that uses this cache
         super().__init__(layers=layers)
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that fit."""
+        return self._max_cache_len
 
     # ------------------------------------------------------------ what it costs
 

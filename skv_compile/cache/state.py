@@ -51,7 +51,9 @@ class LayerState:
         self.dtype, self.device = dtype, device
         self.tier = self._choose(head_dim, max_tokens, budget)
         self.layout: Layout = self.tier.layout
-        self.counter: Tensor | None = None  # a Cache layer's cumulative_length, undone with the rest
+        self.counter: Tensor | None = (
+            None  # a Cache layer's cumulative_length, undone with the rest
+        )
         slots = (batch, heads, self.layout.exact_slots, head_dim)
         pages = batch * heads * self.layout.max_pages + 1  # the last is scratch
         self.tensors = State(
@@ -77,8 +79,8 @@ class LayerState:
         if min(sizes) > budget:
             window = self.batch * self.heads * exact
             raise ConfigError(
-                f"budget of {budget} bytes a layer is too small: sinks and recent window alone take "
-                f"{window}, the coarsest tier {min(sizes)} for {max_tokens} tokens. Raise the "
+                f"budget of {budget} bytes a layer is too small: sinks and recent window alone "
+                f"take {window}, the coarsest tier {min(sizes)} for {max_tokens} tokens. Raise the "
                 "budget, or lower max_cache_len, sinks or recent."
             )
         return chosen
@@ -209,7 +211,7 @@ class LayerState:
         return out[0], out[1]
 
     def select(self, rows: Tensor) -> LayerState:
-        """A state whose row n is row ``rows[n]`` of this one (itself if the batch keeps its size)."""
+        """A state whose row n is row ``rows[n]`` of this one; itself if the batch stays."""
         if len(rows) == self.batch:
             target = self
         else:

@@ -23,20 +23,24 @@ class Pending:
     """The tokens of one layer's forward, between ``update()`` and the attention that reads them."""
 
     def __init__(
-        self, state: LayerState, journal: Journal, k: Tensor, v: Tensor, position: Tensor, where: str
+        self,
+        state: LayerState,
+        journal: Journal,
+        k: Tensor,
+        v: Tensor,
+        position: Tensor,
+        where: str,
     ) -> None:
         self.state, self.journal, self.where = state, journal, where
         self.k, self.v, self.position = k, v, position
         self.done = False
         self._dense: tuple[Tensor, Tensor] | None = None
 
-    def attend(
-        self, q: Tensor, mask: Tensor | None, causal: bool, scale: float | None
-    ) -> Tensor:
-        """Attention of ``q`` [B, Hq, T, D] to the cache and the new tokens, which are then stored."""
+    def attend(self, q: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+        """Attention of ``q`` [B, Hq, T, D] to the cache and the new tokens; stores those."""
         if self.done:
             raise CacheStateError(
-                f"{self.where}: its keys were read twice in one forward (layers that share a cache?). "
+                f"{self.where}: its keys were read twice in one forward (do layers share it?). "
                 "A compressed layer serves one attention; use a dense cache for this model."
             )
         self._refuse_gradients(q)
@@ -211,8 +215,11 @@ def _is_prefix(index: tuple) -> bool:
     if len(index) not in (3, 4) or index[:2] != (whole, whole) or index[3:] not in ((), (whole,)):
         return False
     cut = index[2]
-    return isinstance(cut, slice) and cut.start in (None, 0) and cut.step in (None, 1) and (
-        isinstance(cut.stop, int) and cut.stop >= 0
+    return (
+        isinstance(cut, slice)
+        and cut.start in (None, 0)
+        and cut.step in (None, 1)
+        and (isinstance(cut.stop, int) and cut.stop >= 0)
     )
 
 
@@ -236,7 +243,7 @@ def _sdpa(
         and key._stage in ("plain", "repeated")
         and not isinstance(query, CachedTensor)
     )
-    pending = key._pending if isinstance(key, CachedTensor) else value._pending  # type: ignore[attr-defined]
+    pending = key._pending if isinstance(key, CachedTensor) else value._pending
     if dropout_p:
         pending.journal.rollback()
         raise UnsupportedError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -14,7 +14,7 @@ from .hadamard import rotation
 STEP = {1: 0.9957, 2: 0.3352}
 
 
-@lru_cache(maxsize=None)
+@cache
 def grid_frame(heads: int, dim: int, digits_per_dim: int, device: torch.device) -> Frame:
     """The frame of ``heads`` heads with ``digits_per_dim`` 2-bit digits on every coordinate.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 _SEED = 0x5EED
 
 
-@lru_cache(maxsize=None)
+@cache
 def rotation(dim: int) -> Tensor:
     """[dim, dim] float64 orthogonal matrix, the same on every process and device.
 

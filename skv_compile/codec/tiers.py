@@ -47,8 +47,8 @@ def choose_tier(config: Config, head_dim: int, max_tokens: int, dtype: str) -> T
     """
     if head_dim not in HEAD_DIMS:
         raise UnsupportedError(
-            f"head_dim={head_dim} is not supported; supported are {', '.join(map(str, HEAD_DIMS))}. "
-            "Use a dense cache for this model."
+            f"head_dim={head_dim} is not supported; supported are "
+            f"{', '.join(map(str, HEAD_DIMS))}. Use a dense cache for this model."
         )
     if dtype not in EXACT_DTYPES:
         raise UnsupportedError(

@@ -81,6 +81,14 @@ def device_name(device: Any) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
+def load_average() -> float | None:
+    """Programs that wanted a core over the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
 def check_writable(file: str) -> None:
     """Refuse a ``--json`` file that cannot be written before the work starts."""
     path = Path(file)

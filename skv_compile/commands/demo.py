@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 from skv_compile.commands import common
@@ -72,6 +73,12 @@ def show(result: Result, screen: Screen) -> None:
         f"- Speed: the median step, without the first {common.WARM_UP_STEPS}, which contain "
         f"compilation\n  ({_first(dense)} s dense, {_first(spherical)} s spherical)."
     )
+    cores = os.cpu_count() or 1
+    if result.load_before is not None and result.load_before > 0.75 * cores:
+        screen.write(
+            f"- Other programs were using this machine (load {result.load_before:.1f} on {cores} "
+            "cores before the start): do not trust the speeds."
+        )
 
 
 def _rate(side: Side) -> str:

@@ -96,7 +96,8 @@ class Attachment:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """generate() with a spherical cache unless another cache was asked for."""
         model = self._model()
-        assert model is not None and self._generate is not None
+        assert model is not None
+        assert self._generate is not None
         generation = kwargs.get("generation_config") or model.generation_config
         chosen = kwargs.get("cache_implementation") or generation.cache_implementation
         use_cache = kwargs.get("use_cache", generation.use_cache)
@@ -115,7 +116,14 @@ class Attachment:
         def setting(name: str) -> Any:
             return kwargs.get(name, getattr(generation, name, None))
 
-        prompt = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
+        prompt = next(
+            (
+                x
+                for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+                if x is not None
+            ),
+            None,
+        )
         embeds = kwargs.get("inputs_embeds")
         rows, length = 1, 1
         if prompt is not None:
@@ -127,7 +135,12 @@ class Attachment:
         rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         total = -(-total // LENGTH_STEP) * LENGTH_STEP
         old, returned = self._cache, setting("return_dict_in_generate")
-        if old is not None and not returned and old.max_cache_len == total and old.batch_size == rows:
+        if (
+            old is not None
+            and not returned
+            and old.max_cache_len == total
+            and old.batch_size == rows
+        ):
             old.reset()
             return old
         cache = SphericalCache(model.config, total, self.config)

@@ -1,0 +1,229 @@
+"""Bytes of a page, packing, and the arithmetic of codes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from skv_compile.codec.grid import grid_frame
+from skv_compile.codec.hadamard import rotation
+from skv_compile.config import HEAD_DIMS
+from skv_compile.lowering import codes
+from skv_compile.lowering.layout import EXACT_DTYPES, Layout
+
+CPU = torch.device("cpu")
+
+digit_counts = st.integers(1, 48).map(lambda n: 8 * n)
+page_tokens = st.integers(1, 32).map(lambda n: 8 * n)
+small = st.integers(0, 300)
+
+
+@st.composite
+def layouts(draw) -> Layout:
+    common = (
+        draw(st.sampled_from(HEAD_DIMS)),
+        draw(st.integers(1, 100_000)),
+        draw(page_tokens),
+        draw(small),
+        draw(small),
+    )
+    dtype = draw(st.sampled_from(sorted(EXACT_DTYPES)))
+    if draw(st.booleans()):
+        return Layout("exact", *common, dtype=dtype)
+    return Layout("digits", *common, draw(digit_counts), draw(digit_counts), dtype)
+
+
+@given(layouts())
+def test_fields_follow_one_another_and_cover_the_page(layout: Layout) -> None:
+    fields = sorted(layout.fields.values(), key=lambda field: field.offset)
+    end = 0
+    for field in fields:
+        assert field.offset == end
+        assert field.size > 0
+        end += field.size
+    assert end == layout.page_bytes
+
+
+@given(layouts())
+def test_every_field_has_whole_bytes_a_token_and_room_for_its_content(layout: Layout) -> None:
+    per_token = {name: field.size / layout.page_tokens for name, field in layout.fields.items()}
+    if layout.kind == "exact":
+        item = torch.empty((), dtype=EXACT_DTYPES[layout.dtype]).element_size()
+        assert per_token == {"keys": layout.head_dim * item, "values": layout.head_dim * item}
+    else:
+        assert per_token == {
+            "key_digits": layout.key_digits * 2 / 8,
+            "value_digits": layout.value_digits * 2 / 8,
+            "key_radius": 1,
+            "value_radius": 1,
+        }
+
+
+@given(layouts())
+def test_the_rate_counts_every_byte_of_a_page(layout: Layout) -> None:
+    coordinates = 2 * layout.page_tokens * layout.head_dim
+    assert layout.bits_per_coordinate == pytest.approx(8 * layout.page_bytes / coordinates)
+
+
+@given(layouts())
+def test_a_key_says_everything_about_a_layout(layout: Layout) -> None:
+    assert Layout.parse(layout.key) == layout
+
+
+@given(layouts(), layouts())
+def test_different_layouts_have_different_keys(one: Layout, other: Layout) -> None:
+    assert (one == other) == (one.key == other.key)
+
+
+@given(layouts())
+def test_pages_and_exact_slots_hold_all_tokens(layout: Layout) -> None:
+    """The ring never holds more than recent + a page when the pages take what is due."""
+    beyond = layout.max_tokens - layout.sinks - layout.max_pages * layout.page_tokens
+    assert beyond <= layout.recent + layout.page_tokens
+    assert layout.exact_slots == layout.sinks + layout.recent + layout.page_tokens
+
+
+# ---------------------------------------------------------------- digits
+
+
+def test_packing_loses_no_digit_of_any_word() -> None:
+    words = torch.arange(2**16)
+    digits = torch.stack([(words >> 2 * n) & 3 for n in range(8)], -1)
+    packed = codes.pack_digits(digits)
+    assert packed.shape == (2**16, 2)
+    assert torch.equal(codes.unpack_digits(packed).long(), digits)
+    # Little-endian int16 words, the first digit in the lowest bits.
+    low, high = packed.long().unbind(-1)
+    assert torch.equal(low | high << 8, words)
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**31))
+def test_unpacking_inverts_packing_for_every_shape(rows: int, words: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    digits = torch.randint(0, 4, (rows, 3, 8 * words), generator=generator).to(torch.uint8)
+    assert torch.equal(codes.unpack_digits(codes.pack_digits(digits)), digits)
+
+
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_digits_that_fill_no_word_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="do not fill words of 8"):
+        codes.pack_digits(torch.zeros(2, count))
+
+
+# ---------------------------------------------------------------- radius
+
+
+def test_every_radius_code_survives_decoding_and_encoding() -> None:
+    every = torch.arange(256).to(torch.uint8)
+    assert torch.equal(codes.encode_radius(codes.decode_radius(every)), every)
+    assert codes.decode_radius(every)[0] == 0
+    assert codes.decode_radius(every)[-1] == pytest.approx(codes.largest_radius(), rel=1e-6)
+
+
+@given(st.floats(min_value=2**-7.9, max_value=2**7.9))
+def test_a_radius_is_off_by_at_most_half_a_step(r: float) -> None:
+    back = codes.decode_radius(codes.encode_radius(torch.tensor(r, dtype=torch.float64))).item()
+    assert abs(math.log2(back / r)) <= 1 / 32 + 1e-6
+
+
+def test_radii_beyond_the_range_saturate_and_zero_stays_zero() -> None:
+    r = torch.tensor([0.0, 1e-30, 1e30])
+    back = codes.decode_radius(codes.encode_radius(r))
+    smallest = 2.0 ** ((1 - codes.RADIUS_ZERO) / codes.RADIUS_STEPS_PER_OCTAVE)
+    assert back.tolist() == pytest.approx([0.0, smallest, codes.largest_radius()])
+
+
+# ---------------------------------------------------------------- vectors
+
+
+@pytest.mark.parametrize("dim", [*HEAD_DIMS, 48, 112, 192])
+def test_rotations_are_orthogonal_and_the_same_every_time(dim: int) -> None:
+    turn = rotation(dim)
+    identity = torch.eye(dim, dtype=torch.float64)
+    assert (turn @ turn.T - identity).abs().max() < 1e-12
+    rotation.cache_clear()
+    assert torch.equal(rotation(dim), turn)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_a_rotation_spreads_one_coordinate_over_all(dim: int) -> None:
+    power_of_two = dim & (dim - 1) == 0
+    largest = math.sqrt((1 if power_of_two else 2) / dim)
+    assert rotation(dim).abs().max() <= largest * (1 + 1e-12)
+
+
+def formula(x: torch.Tensor, dim: int, digits: int, unbiased: bool) -> torch.Tensor:
+    """What a coded vector decodes to, in float64 and without frames, digits or packing."""
+    step, levels = {1: 0.9957, 2: 0.3352}[digits], 4**digits
+    turn = rotation(dim)
+    z = x.double() @ turn
+    scale = z.square().mean(-1, keepdim=True).sqrt()
+    code = torch.floor(z / (scale * step) + levels / 2).clamp(0, levels - 1)
+    zh = step * (code - (levels - 1) / 2)
+    along = (z * zh).sum(-1)
+    r = z.square().sum(-1) / along if unbiased else along / zh.square().sum(-1)
+    return r[..., None] * (zh @ turn.T)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_decoding_gives_the_float64_formula(dim: int, digits: int, unbiased: bool) -> None:
+    x = torch.randn(2, 3, 200, dim) * torch.logspace(-1, 1, 200)[:, None]
+    frame = grid_frame(3, dim, digits, CPU)
+    d, r = codes.encode(x, frame, unbiased=unbiased)
+    assert d.shape == (2, 3, 200, digits * dim)
+    got = codes.decode(d, r, frame).double()
+    want = formula(x, dim, digits, unbiased)
+    # A coordinate within float32 rounding of a cell's edge may fall to either side.
+    size = x.double().norm(dim=-1)
+    off = (got - want).norm(dim=-1) / size
+    edge = torch.finfo(torch.float32).eps * dim
+    assert (off > edge).float().mean() < 0.02
+    step = {1: 0.9957, 2: 0.3352}[digits]
+    assert off.max() < 3 * step / math.sqrt(dim)
+
+
+@pytest.mark.parametrize(("digits", "mse"), [(1, 0.1188), (2, 0.01154)])
+def test_the_grid_reaches_the_known_error_on_normal_data(digits: int, mse: float) -> None:
+    """J. Max, 1960: uniform quantisers of 4 and 16 levels on a unit normal."""
+    x = torch.randn(1, 1, 20_000, 128)
+    frame = grid_frame(1, 128, digits, CPU)
+    d, r = codes.encode(x, frame, unbiased=False)
+    error = (codes.decode(d, r, frame) - x).square().mean().item()
+    # Known values hold for unlimited dimension; a vector's own exact length takes off a little.
+    assert 0.95 * mse < error < 1.01 * mse
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_keys_are_coded_without_shrinking_their_length_along_themselves(digits: int) -> None:
+    x = torch.randn(1, 2, 100, 64)
+    frame = grid_frame(2, 64, digits, CPU)
+    coded = codes.decode(*codes.encode(x, frame, unbiased=True), frame)
+    torch.testing.assert_close((coded * x).sum(-1), x.square().sum(-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_zero_vectors_and_single_spikes_are_coded(unbiased: bool) -> None:
+    x = torch.zeros(1, 1, 65, 64)
+    x[0, 0, 1:] = torch.eye(64) * 10
+    frame = grid_frame(1, 64, 2, CPU)
+    d, r = codes.encode(x, frame, unbiased=unbiased)
+    back = codes.decode(d, r, frame)[0, 0]
+    assert torch.equal(back[0], torch.zeros(64))
+    assert torch.isfinite(back).all()
+    assert ((back[1:] - x[0, 0, 1:]).norm(dim=-1) < 0.2 * 10).all()
+
+
+def test_the_coarse_code_is_the_first_digits_of_a_fine_one() -> None:
+    """Digits come most significant first, so that a prefix is a coarser code."""
+    fine = grid_frame(1, 64, 2, CPU)
+    x = torch.randn(1, 1, 500, 64)
+    d, r = codes.encode(x, fine, unbiased=False)
+    prefix = codes.decode(d[..., :64], r, fine._replace(out=fine.out[:, :64]))
+    along = torch.nn.functional.cosine_similarity(prefix, x, dim=-1)
+    assert along.min() > 0.8
