@@ -167,7 +167,7 @@ def _raise_now(bad_value, bad_position, bad_room, k, v, stored, start, seen, lay
         raise CacheStateError(
             f"This forward writes at slot {int(start)}, but the cache has seen {int(seen[0])} "
             "tokens. A cache is written in order; it may start again at 0 or rewind within the "
-            "recent window. Call cache.crop() or cache.reset() first, or give each model its own cache."
+            "recent window. Call cache.crop() or reset() first, or give each model its own."
         )
     if bad_room:
         raise CapacityError(

@@ -80,8 +80,8 @@ def attend(
     rows = q.to(math).reshape(batch, heads, group * tokens, head_dim) * scale
     if tokens > 1 and causal and not q.is_cuda and int(position[0]) != 0:
         raise SkvError(
-            f"is_causal attention at slot {int(position[0])}: PyTorch aligns is_causal to the upper "
-            "left, which hides the cache from the queries. Pass a mask."
+            f"is_causal attention at slot {int(position[0])}: PyTorch aligns is_causal to the "
+            "upper left, which hides the cache from the queries. Pass a mask."
         )
     meta = state.meta
     # A forward that starts at slot 0 starts a new sequence; one that rewinds forgets the rest.
