@@ -10,9 +10,11 @@ kernel whatever its own allocation is.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import DIGIT_BITS, DIGITS_PER_WORD
@@ -51,6 +53,17 @@ def unpack_digits(packed: Tensor) -> Tensor:
     shifts = torch.arange(0, 8, DIGIT_BITS, dtype=torch.uint8, device=packed.device)
     digits = (packed.unsqueeze(-1) >> shifts) & 3
     return digits.flatten(-2)
+
+
+@lru_cache(maxsize=None)
+def _centred_quads(device: torch.device) -> Tensor:
+    """[256, 4] float32: the four digits of a byte, less 1.5."""
+    return unpack_digits(torch.arange(256, dtype=torch.uint8, device=device)[:, None]).float() - 1.5
+
+
+def centred_digits(packed: Tensor) -> Tensor:
+    """[..., N / 4] bytes -> [..., N] float32, each digit less 1.5."""
+    return F.embedding(packed.int(), _centred_quads(packed.device)).flatten(-2)
 
 
 def encode_radius(r: Tensor) -> Tensor:

@@ -235,7 +235,7 @@ class PlainModel(nn.Module):
         self.register_buffer("causal", torch.tril(torch.ones(slots, slots, dtype=torch.bool)))
         for weight in self.parameters():
             if weight.dim() > 1:
-                nn.init.normal_(weight, std=0.3)
+                nn.init.normal_(weight, std=0.15)
         self.requires_grad_(False)
 
     def forward(self, ids: Tensor, input_pos: Tensor) -> Tensor:

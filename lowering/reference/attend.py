@@ -122,7 +122,7 @@ def attend(
             soft.add("exact", masked(logits, token, live), dv, None)
         else:
             kd, vd = (
-                codes.unpack_digits(page_field(chunk, layout, name)).to(math) - 1.5
+                codes.centred_digits(page_field(chunk, layout, name)).to(math)
                 for name in ("key_digits", "value_digits")
             )
             kr, vr = (

@@ -43,7 +43,7 @@ def decode_pages(pages: Tensor, state: State, layout: Layout) -> tuple[Tensor, T
         return k, v
     out = []
     for side, frame in (("key", state.key_frame), ("value", state.value_frame)):
-        digits = codes.unpack_digits(page_field(pages, layout, f"{side}_digits"))
-        radius = codes.decode_radius(page_field(pages, layout, f"{side}_radius")).squeeze(-1)
-        out.append(codes.decode(digits, radius, frame))
+        digits = codes.centred_digits(page_field(pages, layout, f"{side}_digits"))
+        radius = codes.decode_radius(page_field(pages, layout, f"{side}_radius"))
+        out.append(torch.matmul(digits, frame.out) * radius)
     return out[0], out[1]
