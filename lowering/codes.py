@@ -1,16 +1,16 @@
 """Vectors to direction codes and back: the arithmetic, without any layout.
 
-A vector x of a head is ``x = r * (c - 1.5) @ out`` with a radius r and a string
-of 2-bit digits c. A dimension of the frame that was given n digits is a uniform
-mid-rise grid of 4**n levels; its digits enter with weights 4**(n-1) ... 1, which
-``out`` has folded in. So whoever reads codes needs no widths: keys need
-``q @ out.T``, values ``sum(p r (c - 1.5)) @ out``, and every head runs the same
-kernel whatever its own allocation is.
+A vector x of a head is ``x = m + r * (c - 1.5) @ out`` with a centre m of the head, a
+radius r and a string of 2-bit digits c. A dimension of the frame that was given n digits
+is a uniform mid-rise grid of 4**n levels; its digits enter with weights 4**(n-1) ... 1,
+which ``out`` has folded in. So whoever reads codes needs no widths: keys need ``q @ out.T``
+and the scalar ``q @ m``, values ``sum(p r (c - 1.5)) @ out + sum(p) m``, and every head runs
+the same kernel whatever its own allocation is.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,14 +23,21 @@ from .layout import DIGIT_BITS, DIGITS_PER_WORD
 RADIUS_STEPS_PER_OCTAVE = 16
 RADIUS_ZERO = 128
 
+UNBIASED_CAP = 1.3
+
+#: Steps are tried at these multiples for every vector, and the best code kept: a vector with
+#: one large coordinate wants a wider grid. The radius absorbs it; whoever reads pays nothing.
+GAINS = (1.0, 0.85, 1.2, 1.5, 2.2)
+
 
 class Frame(NamedTuple):
     """Where the directions of one layer's keys (or values) are coded.
 
-    ``into`` [H, D, D]: ``z = x @ into``.
+    ``into`` [H, D, D]: ``z = (x - m) @ into``.
     ``grid`` [H, 3, D]: step (in units of the radius), levels, and weight in the radius fit.
     ``plan`` [H, 2, N] int32: of digit g, its dimension and its shift in that dimension's code.
-    ``out`` [H, N, D]: digits to vectors, the inverse of all of it.
+    ``out`` [H, N + 1, D]: digits to vectors, the inverse of all of it; the last row is the
+    centre m.
     """
 
     into: Tensor
@@ -55,7 +62,7 @@ def unpack_digits(packed: Tensor) -> Tensor:
     return digits.flatten(-2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _centred_quads(device: torch.device) -> Tensor:
     """[256, 4] float32: the four digits of a byte, less 1.5."""
     return unpack_digits(torch.arange(256, dtype=torch.uint8, device=device)[:, None]).float() - 1.5
@@ -90,23 +97,31 @@ def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
         x: [B, H, n, D], any float dtype.
         frame: the head's frame.
         unbiased: fit the radius so that ``<z, z^> = <z, z>`` (keys: no shrinking of
-            logits); otherwise least squares (values).
+            logits), up to ``UNBIASED_CAP`` times the least-squares radius, so that one badly
+            coded token cannot shout; otherwise least squares (values).
 
     Returns:
         digits [B, H, n, N] uint8, and radii [B, H, n] float32 before their own coding.
     """
-    z = torch.matmul(x.float(), frame.into)
+    z = torch.matmul(x.float() - frame.out[:, -1:], frame.into)
     step, levels, weight = (row.unsqueeze(-2) for row in frame.grid.unbind(1))
     r = z.square().mean(-1, keepdim=True).sqrt()
-    safe = torch.where(r > 0, r, torch.ones_like(r))
-    code = torch.floor(z / (safe * step) + levels / 2)
-    code = torch.minimum(code.clamp(min=0), levels - 1)
-    zh = step * (code - (levels - 1) / 2)
+    unit = z / torch.where(r > 0, r, torch.ones_like(r))
+    code = zh = torch.zeros_like(z)
+    fit = torch.full_like(r, -torch.inf)
+    for gain in GAINS:
+        c = torch.floor(unit / (gain * step) + levels / 2)
+        c = torch.minimum(c.clamp(min=0), levels - 1)
+        h = step * (c - (levels - 1) / 2)
+        f = (weight * unit * h).sum(-1, keepdim=True)
+        f = f * f.abs() / (weight * h * h).sum(-1, keepdim=True).clamp(min=1e-30)
+        better = f > fit
+        code, zh = torch.where(better, c, code), torch.where(better, h, zh)
+        fit = torch.where(better, f, fit)
     along = (weight * z * zh).sum(-1)
+    radius = along / (weight * zh * zh).sum(-1)
     if unbiased:
-        radius = (weight * z * z).sum(-1) / along
-    else:
-        radius = along / (weight * zh * zh).sum(-1)
+        radius = torch.minimum((weight * z * z).sum(-1) / along, UNBIASED_CAP * radius)
     # A code that points away from its vector, which no grid here gives, would keep the length.
     radius = torch.where((along > 0) & torch.isfinite(radius), radius, r.squeeze(-1))
     radius = torch.where(r.squeeze(-1) > 0, radius, torch.zeros_like(radius))
@@ -119,4 +134,5 @@ def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
 
 def decode(digits: Tensor, radius: Tensor, frame: Frame) -> Tensor:
     """[B, H, n, N] digits and [B, H, n] radii -> [B, H, n, D] float32 vectors."""
-    return torch.matmul(digits.float() - 1.5, frame.out) * radius.unsqueeze(-1)
+    scaled = torch.matmul(digits.float() - 1.5, frame.out[:, :-1]) * radius.unsqueeze(-1)
+    return scaled + frame.out[:, -1:]

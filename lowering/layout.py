@@ -67,7 +67,9 @@ class Layout:
 
     ``kind`` is ``"digits"`` (radius and 2-bit digits) or ``"exact"`` (the
     identity codec). ``max_tokens`` slots of the dense cache it stands for; ``sinks`` first and
-    ``recent`` last tokens stay exact, in elements of ``dtype``.
+    ``recent`` last tokens stay exact, in elements of ``dtype``. Pages of the same ``block``
+    tokens share one rotary turn; 0 means that keys are coded as they come. A sequence that
+    begins with at least ``calibrate`` tokens at once gets frames of its own; 0 means never.
     """
 
     kind: str
@@ -78,6 +80,8 @@ class Layout:
     recent: int
     key_digits: int = 0
     value_digits: int = 0
+    block: int = 0
+    calibrate: int = 0
     dtype: str = "float32"
 
     @cached_property
@@ -89,8 +93,9 @@ class Layout:
     def parse(key: str) -> Layout:
         """The layout whose ``key`` this is."""
         kind, *numbers, dtype = key.split(":")
-        d, n, p, s, r, nk, nv = map(int, numbers)
-        return Layout(kind, d, n, p, s, r, nk, nv, dtype)
+        names = list(Layout.__dataclass_fields__)[1:-1]
+        fields = dict(zip(names, map(int, numbers), strict=True))
+        return Layout(kind, **fields, dtype=dtype)
 
     @cached_property
     def fields(self) -> dict[str, Field]:

@@ -2,7 +2,8 @@
 
 ``attend`` reads the state as it was before the forward, plus the forward's own keys and
 values; ``append`` then stores those. In this order no op reads what another has just
-written, so functionalisation never has a reason to copy a pool.
+written, so functionalisation never has a reason to copy a pool. ``calibrate`` stands between
+the two where a forward may begin a sequence: it fits the frames that ``append`` codes in.
 
 ``skv::slots`` marks, in a traced graph, the positions that a compressed cache is written at.
 The pass replaces it; a graph that reaches its implementation was never rewritten.
@@ -21,9 +22,10 @@ from .errors import SkvError
 from .layout import Layout
 from .state import State
 
-_CONSTANTS = ", ".join(
-    f"Tensor {side}_{part}" for side in ("key", "value") for part in ("into", "grid", "plan", "out")
-)
+_FRAMES = [
+    f"{side}_{part}" for side in ("key", "value") for part in ("into", "grid", "plan", "out")
+]
+_CONSTANTS = ", ".join(f"Tensor {name}" for name in ("turn", *_FRAMES))
 _STATE = f"Tensor exact_keys, Tensor exact_values, Tensor pool, Tensor meta, {_CONSTANTS}"
 _MUTABLE_STATE = (
     "Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor(c!) pool, Tensor(d!) meta, "
@@ -38,11 +40,18 @@ APPEND_SCHEMA = (
     f"append(Tensor k, Tensor v, Tensor? mask, Tensor position, {_MUTABLE_STATE}, str layout) -> ()"
 )
 
+CALIBRATE_SCHEMA = (
+    "calibrate(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor position, Tensor turn, "
+    + ", ".join(f"Tensor({'abcdefgh'[n]}!) {name}" for n, name in enumerate(_FRAMES))
+    + ", str layout) -> ()"
+)
+
 # Library.define/impl instead of custom_op: 1 us a call instead of 15, twice a layer.
 _lib = torch.library.Library("skv", "DEF")
 _lib.define("slots(Tensor start, int tokens) -> Tensor")
 _lib.define(ATTEND_SCHEMA)
 _lib.define(APPEND_SCHEMA)
+_lib.define(CALIBRATE_SCHEMA)
 
 
 def _attend(q, k, v, mask, position, *rest) -> Tensor:
@@ -57,6 +66,11 @@ def _append(k, v, mask, position, *rest) -> None:
     reference.append(k, v, mask, position, State(*state), Layout.parse(layout))
 
 
+def _calibrate(q, k, v, mask, position, turn, *rest) -> None:
+    *frames, layout = rest
+    reference.calibrate(q, k, v, mask, position, turn, frames, Layout.parse(layout))
+
+
 def _slots(start: Tensor, tokens: int) -> Tensor:
     raise SkvError(
         "A graph with a SphericalCache was compiled, but the attention that reads it was not "
@@ -68,6 +82,7 @@ def _slots(start: Tensor, tokens: int) -> Tensor:
 _lib.impl("slots", _slots, "CompositeExplicitAutograd")
 _lib.impl("attend", _attend, "CompositeExplicitAutograd")
 _lib.impl("append", _append, "CompositeExplicitAutograd")
+_lib.impl("calibrate", _calibrate, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("skv::slots", lib=_lib)
@@ -86,5 +101,13 @@ def _append_fake(k, v, mask, position, *rest) -> None:
 
 
 slots = torch.ops.skv.slots.default
+
+
+@torch.library.register_fake("skv::calibrate", lib=_lib)
+def _calibrate_fake(q, k, v, mask, position, turn, *rest) -> None:
+    return None
+
+
+calibrate = torch.ops.skv.calibrate.default
 attend = torch.ops.skv.attend.default
 append = torch.ops.skv.append.default

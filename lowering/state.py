@@ -36,13 +36,15 @@ class State(NamedTuple):
     ``pool`` [B * H * max_pages + 1, page_bytes] uint8: page n of (b, h) at
     ``(b * H + h) * max_pages + n``; the last page is scratch, written when nothing is due.
     ``meta`` [B, 4] int64: left padding, tokens, full pages, error flags.
-    The eight frame tensors are constant (empty for an exact layout).
+    ``turn`` [2, D]: plan of the rotary turn, empty where the layout has no blocks.
+    The frame tensors are constant while tokens are stored (empty for an exact layout).
     """
 
     exact_keys: Tensor
     exact_values: Tensor
     pool: Tensor
     meta: Tensor
+    turn: Tensor
     key_into: Tensor
     key_grid: Tensor
     key_plan: Tensor

@@ -104,7 +104,7 @@ class SkvBackend:
         values = [nodes.index(site.value.cache) for site in found.sites]
         lengths = [site.query.meta["example_value"].shape[2] for site in found.sites]
         one_token = all(isinstance(n, int) and n == 1 for n in lengths)
-        return _runtime(inner, done, columns, values, states, 1 if one_token else 2)
+        return _runtime(inner, done, columns, values, states, 1 if one_token else 1 << 30)
 
     def _speak_of(self, found: Match) -> None:
         # A sliding layer is bounded, and beside compressed layers a dense one is there by design.

@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-CODECS = ("grid", "identity")
+CODECS = ("frame", "grid", "identity")
 POLICIES = ("none",)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
@@ -32,7 +32,11 @@ class Config:
         "Bits per coordinate of the compressed region, every stored bit counted. The largest "
         "tier that fits is taken; sinks and the recent window come on top.",
     )
-    codec: str = _doc("grid", f"How pages are coded: {', '.join(CODECS)}. 'identity' is exact.")
+    codec: str = _doc(
+        "frame",
+        "How pages are coded. 'frame': every kv head in a frame fitted to the prompt; 'grid': a "
+        "fixed rotation and grid, no calibration; 'identity': exact.",
+    )
     retention: str = _doc("none", f"Which tokens are kept: {', '.join(POLICIES)}.")
     sinks: int = _doc(4, "First tokens of a sequence that stay exact.")
     recent: int = _doc(64, "Last tokens that stay exact.")

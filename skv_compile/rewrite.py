@@ -139,6 +139,13 @@ def _replace(
                 layout.key,
             ),
         )
+        tokens = site.query.meta["example_value"].shape[2]
+        if layout.calibrate and not (isinstance(tokens, int) and tokens < layout.calibrate):
+            turn_and_frames = nodes[4:]
+            graph.call_function(
+                ops.calibrate,
+                (new[site.query], key, value, mask, position, *turn_and_frames, layout.key),
+            )
         graph.call_function(ops.append, (key, value, mask, position, *nodes, layout.key))
     attend.meta = {k: v for k, v in attention.meta.items() if k != "val"}
     attention.replace_all_uses_with(attend)

@@ -121,7 +121,8 @@ def greedy(
     [B, n] is fed instead of the model's own choice.
     """
     batch, width = ids.shape
-    full = torch.ones(batch, cache.max_cache_len, dtype=mask.dtype)
+    length = getattr(cache, "max_cache_len", None) or cache.layers[-1].max_cache_len
+    full = torch.ones(batch, length, dtype=mask.dtype)
     full[:, :width] = mask
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     out = (prefill or step)(ids, attention_mask=full, position_ids=position, past_key_values=cache)
@@ -129,7 +130,7 @@ def greedy(
     position = position[:, -1:]
     for n in range(new - 1):
         position = position + 1
-        token = tokens[-1] if forced is None else forced[:, n]
+        token = tokens[-1] if forced is None else forced[:, n].contiguous()
         out = step(
             token[:, None], attention_mask=full, position_ids=position, past_key_values=cache
         )

@@ -2,6 +2,7 @@
 
 from .append import append
 from .attend import attend
+from .calibrate import calibrate
 from .pages import decode_pages, encode_pages, page_field
 
-__all__ = ["append", "attend", "decode_pages", "encode_pages", "page_field"]
+__all__ = ["append", "attend", "calibrate", "decode_pages", "encode_pages", "page_field"]

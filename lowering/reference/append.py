@@ -114,7 +114,7 @@ def append(
         i = pages[:, None] * layout.page_tokens + torch.arange(
             most * layout.page_tokens, device=k.device
         )
-        fresh_pages = encode_pages(*pick(i), state, layout)
+        fresh_pages = encode_pages(*pick(i), pages[:, None] + steps, state, layout)
         ids = page_ids(batch, heads, layout.max_pages, pages, most)
         write = (steps < due[:, None])[:, None, :] & ~bad
         ids = torch.where(write, ids, state.pool.shape[0] - 1)

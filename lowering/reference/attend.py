@@ -12,6 +12,7 @@ from .. import codes
 from ..errors import SkvError
 from ..layout import Layout
 from ..state import LENGTH, PAD, PAGES, State, page_ids, ring_tokens
+from ..turn import block_start, turn
 from .masks import apply_mask
 from .pages import decode_pages, page_field
 
@@ -35,9 +36,11 @@ class _Softmax:
         self.total = self.total * shrink + p.sum(-1)
         for name in self.sums:
             self.sums[name] = self.sums[name] * shrink.unsqueeze(-1)
-        if factor is not None:
-            p = p * factor.unsqueeze(-2)
-        out = torch.matmul(p, values)
+        if factor is None:
+            out = torch.matmul(p, values)
+        else:  # codes, and the weight that their centre will have
+            coded = torch.matmul(p * factor.unsqueeze(-2), values)
+            out = torch.cat([coded, p.sum(-1, keepdim=True)], -1)
         self.sums[space] = self.sums[space] + out if space in self.sums else out
         self.top = top
 
@@ -45,6 +48,23 @@ class _Softmax:
         """Sum of all spaces, each through its own map to vectors; 0 where nothing was visible."""
         out = sum(x if name == "exact" else x @ spaces[name] for name, x in self.sums.items())
         return out / torch.where(self.total > 0, self.total, 1.0).unsqueeze(-1)
+
+
+def code_logits(
+    rows: Tensor, pages: Tensor, numbers: Tensor, state: State, layout: Layout
+) -> Tensor:
+    """Logits [B, H, R, n * P] of queries [B, H, R, D] against the codes of pages number [n]."""
+    batch, heads, _, _ = rows.shape
+    queries = rows.unsqueeze(2)
+    if layout.block:
+        by = -block_start(numbers, layout)
+        queries = turn(queries, by[:, None], state.turn)
+    through = queries @ state.key_out.to(rows.dtype).mT.unsqueeze(1)  # [B, H, n or 1, R, N + 1]
+    shape = (batch, heads, len(numbers), layout.page_tokens, -1)
+    digits = codes.centred_digits(page_field(pages, layout, "key_digits")).view(shape)
+    radius = codes.decode_radius(page_field(pages, layout, "key_radius")).view(shape)
+    logits = (through[..., :-1] @ digits.to(rows.dtype).mT) * radius.to(rows.dtype).mT
+    return (logits + through[..., -1:]).transpose(2, 3).flatten(3)
 
 
 def attend(
@@ -103,7 +123,6 @@ def attend(
 
     # Pages, from their codes.
     used = layout.max_pages if q.is_cuda else int(pages.max())
-    queries = rows if layout.kind == "exact" else rows @ state.key_out.to(math).transpose(-1, -2)
     for first in range(0, used, PAGES_PER_CHUNK):
         count = min(PAGES_PER_CHUNK, used - first)
         begin = torch.full((batch,), first, device=q.device)
@@ -113,24 +132,21 @@ def attend(
         ).expand(batch, -1)
         live = i < pages[:, None] * layout.page_tokens
         token = i + layout.sinks
+        numbers = first + torch.arange(count, device=q.device)
         if layout.kind == "exact":
-            dk, dv = decode_pages(chunk, state, layout)
+            dk, dv = decode_pages(chunk, numbers[None], state, layout)
             # Unused pages are uninitialised memory, and 0 * NaN is NaN.
             dead = ~live[:, None, :, None]
             dk, dv = (x.to(math).masked_fill(dead, 0) for x in (dk, dv))
-            logits = queries @ dk.transpose(-1, -2)
-            soft.add("exact", masked(logits, token, live), dv, None)
-        else:
-            kd, vd = (
-                codes.centred_digits(page_field(chunk, layout, name)).to(math)
-                for name in ("key_digits", "value_digits")
-            )
-            kr, vr = (
-                codes.decode_radius(page_field(chunk, layout, name)).squeeze(-1).to(math)
-                for name in ("key_radius", "value_radius")
-            )
-            logits = (queries @ kd.transpose(-1, -2)) * kr.unsqueeze(-2)
-            soft.add("codes", masked(logits, token, live), vd, vr)
+            soft.add("exact", masked(rows @ dk.transpose(-1, -2), token, live), dv, None)
+            continue
+        if rows.shape[2] <= layout.page_tokens:
+            logits = code_logits(rows, chunk, numbers, state, layout)
+        else:  # more queries than tokens in a page: turning the keys is less work
+            logits = rows @ decode_pages(chunk, numbers[None], state, layout)[0].to(math).mT
+        vd = codes.centred_digits(page_field(chunk, layout, "value_digits")).to(math)
+        vr = codes.decode_radius(page_field(chunk, layout, "value_radius")).squeeze(-1).to(math)
+        soft.add("codes", masked(logits, token, live), vd, vr)
 
     # Sinks and ring, exact.
     i, live = ring_tokens(torch.stack([pad, past, pages, pad], 1), layout)

@@ -8,16 +8,19 @@ from torch import Tensor
 from .. import codes
 from ..layout import EXACT_DTYPES, Layout
 from ..state import State
+from ..turn import block_start, turn
 
 
-def encode_pages(k: Tensor, v: Tensor, state: State, layout: Layout) -> Tensor:
-    """[B, H, n * P, D] keys and values -> [B, H, n, page_bytes] pages."""
+def encode_pages(k: Tensor, v: Tensor, page: Tensor, state: State, layout: Layout) -> Tensor:
+    """[B, H, n * P, D] keys and values of pages number [B, n] -> [B, H, n, page_bytes]."""
     batch, heads, tokens, _ = k.shape
     n = tokens // layout.page_tokens
     if layout.kind == "exact":
         parts = [x.contiguous().view(torch.uint8) for x in (k, v)]
     else:
-        kd, kr = codes.encode(k, state.key_frame, unbiased=True)
+        kd, kr = codes.encode(
+            turn_pages(k, page, state, layout, -1), state.key_frame, unbiased=True
+        )
         vd, vr = codes.encode(v, state.value_frame, unbiased=False)
         parts = [codes.pack_digits(kd), codes.pack_digits(vd)]
         parts += [codes.encode_radius(r).unsqueeze(-1) for r in (kr, vr)]
@@ -33,8 +36,18 @@ def page_field(pages: Tensor, layout: Layout, name: str) -> Tensor:
     return pages[..., field.slice].reshape(*pages.shape[:-2], tokens, width)
 
 
-def decode_pages(pages: Tensor, state: State, layout: Layout) -> tuple[Tensor, Tensor]:
-    """[B, H, n, page_bytes] -> dense keys and values [B, H, n * P, D] (never on the fast path)."""
+def turn_pages(k: Tensor, page: Tensor, state: State, layout: Layout, way: int) -> Tensor:
+    """Keys [B, H, n * P, D] of pages number [B or 1, n], turned with (1) or back by their block."""
+    if layout.block == 0:
+        return k
+    by = way * block_start(page, layout).repeat_interleave(layout.page_tokens, -1)
+    return turn(k.float(), by[:, None], state.turn)
+
+
+def decode_pages(
+    pages: Tensor, page: Tensor, state: State, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Pages [B, H, n, page_bytes] number [B or 1, n] -> dense keys and values [B, H, n * P, D]."""
     if layout.kind == "exact":
         dtype = EXACT_DTYPES[layout.dtype]
         k, v = (
@@ -45,5 +58,5 @@ def decode_pages(pages: Tensor, state: State, layout: Layout) -> tuple[Tensor, T
     for side, frame in (("key", state.key_frame), ("value", state.value_frame)):
         digits = codes.centred_digits(page_field(pages, layout, f"{side}_digits"))
         radius = codes.decode_radius(page_field(pages, layout, f"{side}_radius"))
-        out.append(torch.matmul(digits, frame.out) * radius)
-    return out[0], out[1]
+        out.append(torch.matmul(digits, frame.out[:, :-1]) * radius + frame.out[:, -1:])
+    return turn_pages(out[0], page, state, layout, 1), out[1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
 
+from ..codec.rotary import rotary_plan
 from ..codec.tiers import choose_tier
 from ..config import Config, make_config
 from ..errors import CacheStateError, CapacityError, ConfigError, UnsupportedError
@@ -33,10 +34,12 @@ class SphericalLayer(CacheLayerMixin):
         index: int,
         siblings: list[SphericalLayer],
         journal: Journal,
+        model_config: Any,
     ) -> None:
         super().__init__()
         self.max_cache_len, self.config = max_cache_len, config
         self.index, self.siblings, self.journal = index, siblings, journal
+        self.model_config = model_config
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self.state: LayerState | None = None
         self.signature = ""
@@ -68,6 +71,7 @@ class SphericalLayer(CacheLayerMixin):
             key_states.dtype,
             key_states.device,
             None if budget is None else budget // len(self.siblings),
+            rotary_plan(self.model_config, head_dim),
         )
         self._adopt(state)
 
@@ -289,7 +293,9 @@ class SphericalCache(Cache):
         self.journal = Journal()
         siblings: list[SphericalLayer] = []
         for n in full:
-            layers[n] = SphericalLayer(max_cache_len, self.config, n, siblings, self.journal)
+            layers[n] = SphericalLayer(
+                max_cache_len, self.config, n, siblings, self.journal, model_config
+            )
             siblings.append(layers[n])
         self._max_cache_len = max_cache_len
         self.owner: Any = None  # weak reference to the compiled model that uses this cache

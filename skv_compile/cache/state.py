@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..codec.grid import grid_frame
 from ..codec.tiers import Tier, choose_tier, tiers
 from ..config import Config
 from ..errors import CacheStateError, ConfigError
 from ..lowering import ops, reference
 from ..lowering.codes import Frame
+from ..lowering.grid import grid_frame
 from ..lowering.layout import Layout
 from ..lowering.state import FLAGS, LENGTH, PAD, PAGES, State, page_ids, raise_flags, ring_tokens
 
@@ -22,6 +22,7 @@ class Undo(NamedTuple):
 
     meta: Tensor
     exact: tuple[Tensor, Tensor] | None
+    frames: tuple[Tensor, ...]
 
 
 class LayerState:
@@ -33,6 +34,7 @@ class LayerState:
         max_tokens: slots of the dense cache this stands for.
         dtype, device: of the model's keys and values.
         budget: most bytes of this layer, or None.
+        turn: [2, D] plan of the model's rotary embedding (``lowering.turn``), if it has one.
     """
 
     def __init__(
@@ -45,15 +47,17 @@ class LayerState:
         dtype: torch.dtype,
         device: torch.device,
         budget: int | None = None,
+        turn: Tensor | None = None,
     ) -> None:
         self.config = config
         self.batch, self.heads = batch, heads
         self.dtype, self.device = dtype, device
-        self.tier = self._choose(head_dim, max_tokens, budget)
+        self.tier = self._choose(head_dim, max_tokens, budget, turn is not None)
         self.layout: Layout = self.tier.layout
         self.counter: Tensor | None = (
             None  # a Cache layer's cumulative_length, undone with the rest
         )
+        empty = torch.empty(0, device=device)
         slots = (batch, heads, self.layout.exact_slots, head_dim)
         pages = batch * heads * self.layout.max_pages + 1  # the last is scratch
         self.tensors = State(
@@ -61,16 +65,17 @@ class LayerState:
             torch.zeros(slots, dtype=dtype, device=device),
             torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device),
             torch.zeros(batch, 4, dtype=torch.int64, device=device),
+            turn.to(device) if self.layout.block and turn is not None else empty,
             *self._frames(),
         )
 
-    def _choose(self, head_dim: int, max_tokens: int, budget: int | None) -> Tier:
+    def _choose(self, head_dim: int, max_tokens: int, budget: int | None, turned: bool) -> Tier:
         name = str(self.dtype).removeprefix("torch.")
-        best = choose_tier(self.config, head_dim, max_tokens, name)
+        best = choose_tier(self.config, head_dim, max_tokens, name, turned)
         if budget is None:
             return best
         sizes = []
-        for tier in tiers(self.config, head_dim, max_tokens, name):
+        for tier in tiers(self.config, head_dim, max_tokens, name, turned):
             layout = tier.layout
             exact = 2 * layout.exact_slots * head_dim * self.dtype.itemsize
             sizes.append(self.batch * self.heads * (exact + layout.max_pages * layout.page_bytes))
@@ -89,10 +94,10 @@ class LayerState:
         if self.layout.kind == "exact":
             empty = torch.empty(0, device=self.device)
             return (empty,) * 8
-        dim = self.layout.head_dim
-        sides = (self.layout.key_digits // dim, self.layout.value_digits // dim)
+        sides = (self.layout.key_digits, self.layout.value_digits)
+        dim, own = self.layout.head_dim, self.layout.calibrate > 0
         frames: list[Frame] = [grid_frame(self.heads, dim, n, self.device) for n in sides]
-        return tuple(x for frame in frames for x in frame)
+        return tuple(x.clone() if own else x for frame in frames for x in frame)
 
     # ------------------------------------------------------------ what it is
 
@@ -127,6 +132,14 @@ class LayerState:
     ) -> Tensor:
         return ops.attend(q, k, v, mask, position, *self.tensors, causal, scale, self.layout.key)
 
+    def calibrate(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
+    ) -> None:
+        layout, frames = self.layout, self.tensors[5:]
+        if 0 < layout.calibrate <= k.shape[2]:
+            turn = self.tensors.turn
+            ops.calibrate(q, k, v, mask, position, turn, *frames, layout.key)
+
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor) -> None:
         ops.append(k, v, mask, position, *self.tensors, self.layout.key)
 
@@ -151,13 +164,17 @@ class LayerState:
         exact = None
         if tokens > 1:
             exact = (self.tensors.exact_keys.clone(), self.tensors.exact_values.clone())
-        return Undo(self.tensors.meta.clone(), exact)
+        fits = 0 < self.layout.calibrate <= tokens
+        frames = tuple(x.clone() for x in self.tensors[5:]) if fits else ()
+        return Undo(self.tensors.meta.clone(), exact, frames)
 
     def restore(self, undo: Undo) -> None:
         self.tensors.meta.copy_(undo.meta)
         if undo.exact is not None:
             self.tensors.exact_keys.copy_(undo.exact[0])
             self.tensors.exact_values.copy_(undo.exact[1])
+        for tensor, old in zip(self.tensors[5:], undo.frames, strict=False):
+            tensor.copy_(old)
 
     def crop(self, remove: int) -> None:
         """Drop the last ``remove`` tokens of every row.
@@ -185,7 +202,7 @@ class LayerState:
         layout, state = self.layout, self.tensors
         first = torch.tensor([page], device=self.device)
         ids = page_ids(self.batch, self.heads, layout.max_pages, first, 1)[row]
-        k, v = reference.decode_pages(state.pool[ids][None], state, layout)
+        k, v = reference.decode_pages(state.pool[ids][None], first[None], state, layout)
         i = page * layout.page_tokens + torch.arange(tokens, device=self.device)
         slots = layout.sinks + i % layout.ring
         state.exact_keys[row, :, slots] = k[0, :, :tokens].to(self.dtype)
@@ -200,7 +217,8 @@ class LayerState:
         for row, (pad, length, pages, _) in enumerate(state.meta.tolist()):
             first = torch.zeros(1, dtype=torch.int64, device=self.device)
             ids = page_ids(self.batch, self.heads, layout.max_pages, first, pages)[row]
-            coded = reference.decode_pages(state.pool[ids][None], state, layout)
+            numbers = torch.arange(pages, device=self.device)[None]
+            coded = reference.decode_pages(state.pool[ids][None], numbers, state, layout)
             sinks = min(layout.sinks, length)
             where = pad + layout.sinks + ring_i[row][ring_live[row]]
             for dense, exact, page in zip(out, state[:2], coded, strict=True):

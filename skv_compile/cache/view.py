@@ -47,6 +47,7 @@ class Pending:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         with torch.no_grad():
             out = self.state.attend(q, self.k, self.v, mask, self.position, causal, scale)
+            self.state.calibrate(q, self.k, self.v, mask, self.position)
             self.store(mask)
         return out
 

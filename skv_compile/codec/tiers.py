@@ -11,6 +11,12 @@ from ..lowering.layout import EXACT_DTYPES, Layout
 #: (digits a coordinate of keys, of values), coarse to fine. Keys need more bits than values.
 GRID_TIERS = ((1, 1), (2, 1), (2, 2))
 
+#: Of the fitted frame, in eighths of a digit a coordinate.
+FRAME_TIERS = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16))
+
+CALIBRATE_TOKENS = 256  # a shorter first prompt is coded in the fixed rotation
+BLOCK_TOKENS = 128  # keys this close share one rotary turn
+
 
 @dataclass(frozen=True)
 class Tier:
@@ -24,21 +30,45 @@ class Tier:
         return self.layout.bits_per_coordinate
 
 
-def tiers(config: Config, head_dim: int, max_tokens: int, dtype: str) -> list[Tier]:
-    """All tiers of a codec for a head dim, coarse to fine."""
+def tiers(
+    config: Config, head_dim: int, max_tokens: int, dtype: str, turned: bool = False
+) -> list[Tier]:
+    """All tiers of a codec for a head dim, coarse to fine.
+
+    ``turned``: the model has a rotary plan.
+    """
     common = (head_dim, max_tokens, config.page_tokens, config.sinks, config.recent)
     if config.codec == "identity":
         return [Tier("exact", Layout("exact", *common, dtype=dtype))]
+    if config.codec == "grid":
+        return [
+            Tier(
+                f"k{2 * key}v{2 * value}",
+                Layout("digits", *common, key * head_dim, value * head_dim, dtype=dtype),
+            )
+            for key, value in GRID_TIERS
+        ]
+    block = max(config.page_tokens, BLOCK_TOKENS // config.page_tokens * config.page_tokens)
     return [
         Tier(
-            f"k{2 * key}v{2 * value}",
-            Layout("digits", *common, key * head_dim, value * head_dim, dtype),
+            f"k{key / 4:g}v{value / 4:g}",
+            Layout(
+                "digits",
+                *common,
+                key * head_dim // 8,
+                value * head_dim // 8,
+                block=block if turned else 0,
+                calibrate=CALIBRATE_TOKENS,
+                dtype=dtype,
+            ),
         )
-        for key, value in GRID_TIERS
+        for key, value in FRAME_TIERS
     ]
 
 
-def choose_tier(config: Config, head_dim: int, max_tokens: int, dtype: str) -> Tier:
+def choose_tier(
+    config: Config, head_dim: int, max_tokens: int, dtype: str, turned: bool = False
+) -> Tier:
     """The finest tier whose rate fits ``config.bits``.
 
     Raises:
@@ -54,7 +84,7 @@ def choose_tier(config: Config, head_dim: int, max_tokens: int, dtype: str) -> T
         raise UnsupportedError(
             f"a cache of dtype {dtype} is not supported; supported are {', '.join(EXACT_DTYPES)}."
         )
-    available = tiers(config, head_dim, max_tokens, dtype)
+    available = tiers(config, head_dim, max_tokens, dtype, turned)
     if config.codec == "identity":
         return available[0]
     fitting = [tier for tier in available if tier.rate <= config.bits + 1e-9]

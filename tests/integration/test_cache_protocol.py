@@ -120,7 +120,10 @@ def test_crop_into_coded_pages_keeps_what_they_decode_to(model, ids) -> None:
     cache.crop(-70)
     after = cache.states[0].dense()
     for one, other in zip(before, after, strict=True):
-        assert torch.equal(one[:, :, :30], other[:, :, :30])
+        # Decoding one page or ten sums float32 products in another order.
+        eps = torch.finfo(torch.float32).eps * 4 * 16
+        off = (one[:, :, :30] - other[:, :, :30]).norm(dim=-1)
+        assert (off <= eps * one[:, :, :30].norm(dim=-1)).all()
         assert not other[:, :, 30:].any()
 
 
@@ -157,9 +160,7 @@ def test_crop_to_more_than_was_seen_changes_nothing(model, ids) -> None:
 
 def test_beam_search_with_identity_is_dense(model) -> None:
     ids, mask = padded_batch(2)
-    arguments = {
-        "attention_mask": mask, "num_beams": 3, "max_new_tokens": 24, "do_sample": False
-    }
+    arguments = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 24, "do_sample": False}
     want = model.generate(ids, **arguments)
     got = model.generate(ids, **arguments, past_key_values=cache_for(model))
     assert torch.equal(got, want)
@@ -167,9 +168,7 @@ def test_beam_search_with_identity_is_dense(model) -> None:
 
 def test_beam_search_after_skv_compile_is_dense(eager_inner: None) -> None:
     ids, mask = padded_batch(2)
-    arguments = {
-        "attention_mask": mask, "num_beams": 3, "max_new_tokens": 24, "do_sample": False
-    }
+    arguments = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 24, "do_sample": False}
     want = tiny("llama").generate(ids, **arguments)
     model = skv.compile(tiny("llama"), codec="identity", **SMALL)
     assert torch.equal(model.generate(ids, **arguments), want)
@@ -225,15 +224,25 @@ def test_a_mask_selects_rows_too(model) -> None:
 # ---------------------------------------------------------------- other ways to run
 
 
-@CODECS
-def test_eager_attention_reads_the_same_cache(codec: str) -> None:
+@pytest.mark.parametrize(("codec", "batch"), [("identity", 3), ("identity", 1), ("grid", 1)])
+def test_eager_attention_reads_the_same_cache(codec: str, batch: int) -> None:
     """Attention written out in matmuls reads decoded keys, exact for its own tokens."""
-    ids, mask = padded_batch(3)
+    ids, mask = padded_batch(batch)
     model = tiny("llama")
     want = greedy(model, cache_for(model, codec), ids, mask, 24)
     model.set_attn_implementation("eager")
     got = greedy(model, cache_for(model, codec), ids, mask, 24, forced=want[0])
     assert max_error(got[1], want[1]) < TOLERANCE
+
+
+@pytest.mark.xfail(strict=True, reason="attention in matmuls hides its mask from the cache")
+def test_eager_attention_stores_no_padding_either() -> None:
+    ids, mask = padded_batch(3)
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    cache = cache_for(model, "grid")
+    greedy(model, cache, ids, mask, 1)
+    assert cache.summary()["stored_tokens"] == mask.sum(1).tolist()
 
 
 def test_assisted_decoding_is_dense(model) -> None:
@@ -275,7 +284,11 @@ def test_another_cache_that_was_asked_for_is_used(eager_inner: None) -> None:
     ids, mask = padded_batch(2)
     want = generate(tiny("llama"), ids, mask, 16)
     static = StaticCache(config=model.config, max_cache_len=LENGTH)
-    for choice in ({"past_key_values": static}, {"cache_implementation": "static"}, {"use_cache": False}):
+    for choice in (
+        {"past_key_values": static},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ):
         assert torch.equal(generate(model, ids, mask, 16, **choice)[0], want[0])
     assert model._skv.cache is None
 
@@ -286,20 +299,15 @@ def test_another_cache_that_was_asked_for_is_used(eager_inner: None) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("tokens", [1, 12])
 @CODECS
-def test_a_forward_that_fails_in_the_middle_leaves_the_cache_as_it_was(codec, tokens, compiled) -> None:
+def test_a_forward_that_fails_halfway_leaves_the_cache_as_it_was(codec, tokens, compiled) -> None:
     model = tiny("llama", layers=3)
     ids = padded_batch(2, 72)[0]
     cache = cache_for(model, codec)
     forward(model, cache, ids[:, :60])
     step = torch.compile(model, backend="skv", options={"inner": "eager"}) if compiled else model
-    if compiled:
-        twin = cache_for(model, codec)
-        forward(model, twin, ids[:, :60])
-        want = forward(step, twin, ids[:, 60 : 60 + tokens])
-    else:
-        twin = cache_for(model, codec)
-        forward(model, twin, ids[:, :60])
-        want = forward(model, twin, ids[:, 60 : 60 + tokens])
+    twin = cache_for(model, codec)
+    forward(model, twin, ids[:, :60])
+    want = forward(step, twin, ids[:, 60 : 60 + tokens])
     weight = model.model.layers[1].self_attn.k_proj.weight
     good = weight.clone()
     before = [(state.dense(), state.tensors.meta.clone()) for state in cache.states]
@@ -313,6 +321,33 @@ def test_a_forward_that_fails_in_the_middle_leaves_the_cache_as_it_was(codec, to
         for one, other in zip(state.dense(), dense, strict=True):
             assert torch.equal(one, other)
     assert torch.equal(forward(step, cache, ids[:, 60 : 60 + tokens]), want)
+
+
+def test_a_refused_forward_does_not_undo_the_one_before_it(model, ids) -> None:
+    cache = cache_for(model)
+    forward(model, cache, ids)
+    with pytest.raises(skv.CapacityError):
+        forward(model, cache, ids[:, :40])
+    assert cache.get_seq_length() == 100
+    assert cache.states[0].tensors.meta[0].tolist()[:2] == [0, 100]
+    more = torch.cat([ids, ids[:, :20]], 1)
+    got = forward(model, cache, ids[:, :20])
+    assert max_error(got, dense_logits(model, more)[:, 100:]) < TOLERANCE
+
+
+def test_a_forward_that_fails_after_the_batch_changed_leaves_every_layer_in_step() -> None:
+    model = tiny("llama", layers=3)
+    ids = padded_batch(2, 72)[0]
+    cache = cache_for(model)
+    forward(model, cache, ids[:1, :60])
+    cache.batch_repeat_interleave(2)
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    weight[0, 0] = torch.nan
+    with pytest.raises(skv.NonFiniteError):
+        forward(model, cache, ids[:, 60:61])
+    for layer in cache.layers:
+        assert int(layer.get_seq_length()) == 60
+        assert layer.state.tensors.meta[:, 1].tolist() == [60, 60]
 
 
 # ---------------------------------------------------------------- what it costs
