@@ -10,6 +10,7 @@ the same kernel whatever its own allocation is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -38,12 +39,21 @@ class Frame(NamedTuple):
     ``plan`` [H, 2, N] int32: of digit g, its dimension and its shift in that dimension's code.
     ``out`` [H, N + 1, D]: digits to vectors, the inverse of all of it; the last row is the
     centre m.
+
+    ``into`` and ``out`` are float32, or bfloat16 where every layer has its own: ``out`` is
+    then the inverse of the rounded ``into``, so that rounding costs next to nothing.
     """
 
     into: Tensor
     grid: Tensor
     plan: Tensor
     out: Tensor
+
+
+def stored(frame: Frame) -> Frame:
+    """A copy of a frame in the dtypes of a layer's own frames."""
+    into, grid, plan, out = frame
+    return Frame(into.to(torch.bfloat16), grid.clone(), plan.clone(), out.to(torch.bfloat16))
 
 
 def pack_digits(digits: Tensor) -> Tensor:
@@ -90,6 +100,43 @@ def largest_radius() -> float:
     return 2.0 ** ((255 - RADIUS_ZERO) / RADIUS_STEPS_PER_OCTAVE)
 
 
+def best_gain(
+    z: Tensor, weight: Tensor, quantise: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Quantise z [..., D] at each of ``GAINS``; codes and unit vectors of the best fit.
+
+    ``quantise`` takes vectors of unit mean square. The fit is the share of z's weighted
+    energy that the best multiple of the coded vector explains.
+    """
+    r = z.square().mean(-1, keepdim=True).sqrt()
+    unit = z / torch.where(r > 0, r, torch.ones_like(r))
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for gain in GAINS:
+        code, zh = quantise(unit / gain)
+        along = (weight * unit * zh).sum(-1, keepdim=True)
+        fit = along * along.abs() / (weight * zh * zh).sum(-1, keepdim=True).clamp(min=1e-30)
+        if best is None:
+            best = code, zh, fit
+        else:
+            better = fit > best[2]
+            pairs = zip((code, zh, fit), best, strict=True)
+            best = tuple(torch.where(better, new, old) for new, old in pairs)
+    assert best is not None
+    return best[0], best[1]
+
+
+def radius_of(z: Tensor, zh: Tensor, weight: Tensor, unbiased: bool) -> Tensor:
+    """Radii [...] with which unit vectors zh [..., D] stand for z [..., D]."""
+    along, energy = (weight * z * zh).sum(-1), (weight * z * z).sum(-1)
+    radius = along / (weight * zh * zh).sum(-1)
+    if unbiased:
+        radius = torch.minimum(energy / along, UNBIASED_CAP * radius)
+    # A code that points away from its vector, which no grid here gives, would keep the length.
+    length = z.square().mean(-1).sqrt()
+    radius = torch.where((along > 0) & torch.isfinite(radius), radius, length)
+    return torch.where(length > 0, radius, torch.zeros_like(radius))
+
+
 def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
     """Code vectors in a frame.
 
@@ -103,28 +150,16 @@ def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
     Returns:
         digits [B, H, n, N] uint8, and radii [B, H, n] float32 before their own coding.
     """
-    z = torch.matmul(x.float() - frame.out[:, -1:], frame.into)
+    z = torch.matmul(x.float() - frame.out[:, -1:], frame.into.float())
     step, levels, weight = (row.unsqueeze(-2) for row in frame.grid.unbind(1))
-    r = z.square().mean(-1, keepdim=True).sqrt()
-    unit = z / torch.where(r > 0, r, torch.ones_like(r))
-    code = zh = torch.zeros_like(z)
-    fit = torch.full_like(r, -torch.inf)
-    for gain in GAINS:
-        c = torch.floor(unit / (gain * step) + levels / 2)
-        c = torch.minimum(c.clamp(min=0), levels - 1)
-        h = step * (c - (levels - 1) / 2)
-        f = (weight * unit * h).sum(-1, keepdim=True)
-        f = f * f.abs() / (weight * h * h).sum(-1, keepdim=True).clamp(min=1e-30)
-        better = f > fit
-        code, zh = torch.where(better, c, code), torch.where(better, h, zh)
-        fit = torch.where(better, f, fit)
-    along = (weight * z * zh).sum(-1)
-    radius = along / (weight * zh * zh).sum(-1)
-    if unbiased:
-        radius = torch.minimum((weight * z * z).sum(-1) / along, UNBIASED_CAP * radius)
-    # A code that points away from its vector, which no grid here gives, would keep the length.
-    radius = torch.where((along > 0) & torch.isfinite(radius), radius, r.squeeze(-1))
-    radius = torch.where(r.squeeze(-1) > 0, radius, torch.zeros_like(radius))
+
+    def quantise(unit: Tensor) -> tuple[Tensor, Tensor]:
+        code = torch.floor(unit / step + levels / 2)
+        code = torch.minimum(code.clamp(min=0), levels - 1)
+        return code, step * (code - (levels - 1) / 2)
+
+    code, zh = best_gain(z, weight, quantise)
+    radius = radius_of(z, zh, weight, unbiased)
     dims, shifts = frame.plan.long().unbind(1)
     batch, _, n, _ = x.shape
     index = dims[None, :, None, :].expand(batch, -1, n, -1)
@@ -134,5 +169,5 @@ def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
 
 def decode(digits: Tensor, radius: Tensor, frame: Frame) -> Tensor:
     """[B, H, n, N] digits and [B, H, n] radii -> [B, H, n, D] float32 vectors."""
-    scaled = torch.matmul(digits.float() - 1.5, frame.out[:, :-1]) * radius.unsqueeze(-1)
-    return scaled + frame.out[:, -1:]
+    out = frame.out.float()
+    return torch.matmul(digits.float() - 1.5, out[:, :-1]) * radius.unsqueeze(-1) + out[:, -1:]

@@ -43,7 +43,7 @@ EXACT_DTYPES = {
 
 def symbolic_fields(kind: str) -> dict[str, tuple[sympy.Expr, sympy.Expr]]:
     """``{field: (offset, size)}`` in bytes, as expressions of ``D P NK NV ITEM``."""
-    sizes = {"digits": CODED_FIELDS, "exact": EXACT_FIELDS}[kind]
+    sizes = EXACT_FIELDS if kind == "exact" else CODED_FIELDS
     fields, offset = {}, sympy.Integer(0)
     for name, size in sizes.items():
         fields[name] = (offset, size)
@@ -65,8 +65,9 @@ class Field:
 class Layout:
     """Shape of a layer's state.
 
-    ``kind`` is ``"digits"`` (radius and 2-bit digits) or ``"exact"`` (the
-    identity codec). ``max_tokens`` slots of the dense cache it stands for; ``sinks`` first and
+    ``kind`` is ``"digits"`` (radius and 2-bit digits), ``"rings"`` (the same with a cell of
+    every two coordinates in two to four digits; keys and values alike) or ``"exact"`` (the
+    identity codec). ``max_tokens``: slots of the dense cache it stands for. ``sinks`` first and
     ``recent`` last tokens stay exact, in elements of ``dtype``. Pages of the same ``block``
     tokens share one rotary turn; 0 means that keys are coded as they come. A sequence that
     begins with at least ``calibrate`` tokens at once gets frames of its own; 0 means never.
@@ -116,6 +117,11 @@ class Layout:
     def page_bytes(self) -> int:
         last = list(self.fields.values())[-1]
         return last.offset + last.size
+
+    @property
+    def cell_digits(self) -> int:
+        """Digits of one ring code, which covers two coordinates."""
+        return 2 * self.key_digits // self.head_dim
 
     @property
     def ring(self) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
 
-CODECS = ("frame", "grid", "identity")
+CODECS = ("frame", "grid", "rings", "identity")
 POLICIES = ("none",)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
@@ -35,7 +36,8 @@ class Config:
     codec: str = _doc(
         "frame",
         "How pages are coded. 'frame': every kv head in a frame fitted to the prompt; 'grid': a "
-        "fixed rotation and grid, no calibration; 'identity': exact.",
+        "fixed rotation and grid, no calibration; 'rings': the same rotation, pairs of coordinates "
+        "as ring and angle; 'identity': exact.",
     )
     retention: str = _doc("none", f"Which tokens are kept: {', '.join(POLICIES)}.")
     sinks: int = _doc(4, "First tokens of a sequence that stay exact.")
@@ -45,6 +47,11 @@ class Config:
         None,
         "Most bytes the whole cache may take, sinks and window included ('2GiB', '500MB' or a "
         "number); the finest tier within it is taken, and never more than `bits`.",
+    )
+    frame: str | None = _doc(
+        None,
+        "A file written by `skv calibrate`: its frames are used from the first token on, instead "
+        "of frames fitted to each prompt. Only with codec='frame'.",
     )
     strict: bool = _doc(
         False,
@@ -66,6 +73,20 @@ class Config:
             raise ConfigError(f"bits={self.bits}: expected more than 0 and at most 64.")
         if self.budget is not None:
             parse_bytes(self.budget)
+        if self.frame is not None:
+            self._check_frame()
+
+    def _check_frame(self) -> None:
+        if not isinstance(self.frame, (str, os.PathLike)) or not os.fspath(self.frame):
+            raise ConfigError(
+                f"frame={self.frame!r}: expected the name of a file written by skv calibrate."
+            )
+        if self.codec != "frame":
+            raise ConfigError(
+                f"frame={self.frame!r} with codec={self.codec!r}: saved frames are for "
+                "codec='frame'. Leave one of the two out."
+            )
+        object.__setattr__(self, "frame", os.fspath(self.frame))
 
     @property
     def budget_bytes(self) -> int | None:

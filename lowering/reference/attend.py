@@ -14,7 +14,7 @@ from ..layout import Layout
 from ..state import LENGTH, PAD, PAGES, State, page_ids, ring_tokens
 from ..turn import block_start, turn
 from .masks import apply_mask
-from .pages import decode_pages, page_field
+from .pages import decode_pages, page_field, unit_codes
 
 PAGES_PER_CHUNK = 32  # bounds the dense working set of the reference
 
@@ -61,7 +61,7 @@ def code_logits(
         queries = turn(queries, by[:, None], state.turn)
     through = queries @ state.key_out.to(rows.dtype).mT.unsqueeze(1)  # [B, H, n or 1, R, N + 1]
     shape = (batch, heads, len(numbers), layout.page_tokens, -1)
-    digits = codes.centred_digits(page_field(pages, layout, "key_digits")).view(shape)
+    digits = unit_codes(page_field(pages, layout, "key_digits"), layout).view(shape)
     radius = codes.decode_radius(page_field(pages, layout, "key_radius")).view(shape)
     logits = (through[..., :-1] @ digits.to(rows.dtype).mT) * radius.to(rows.dtype).mT
     return (logits + through[..., -1:]).transpose(2, 3).flatten(3)
@@ -144,7 +144,7 @@ def attend(
             logits = code_logits(rows, chunk, numbers, state, layout)
         else:  # more queries than tokens in a page: turning the keys is less work
             logits = rows @ decode_pages(chunk, numbers[None], state, layout)[0].to(math).mT
-        vd = codes.centred_digits(page_field(chunk, layout, "value_digits")).to(math)
+        vd = unit_codes(page_field(chunk, layout, "value_digits"), layout).to(math)
         vr = codes.decode_radius(page_field(chunk, layout, "value_radius")).squeeze(-1).to(math)
         soft.add("codes", masked(logits, token, live), vd, vr)
 

@@ -31,6 +31,7 @@ BLOCKS = 64  # blocks that the query moment looks at
 MAX_DIGITS = 4  # of one dimension
 REGULARISE = 0.1  # share of the isotropic part in the query moment
 POWER, FLOOR = 0.7, 0.1  # token weights: flattened, and no token counts for nothing
+STORED = torch.bfloat16  # of ``into`` and ``out``, as in ``codes.stored``
 STEP_FACTORS = (0.55, 0.65, 0.75, 0.85, 0.92, 1.0, 1.08, 1.18, 1.3, 1.45, 1.6)
 
 
@@ -174,13 +175,14 @@ def _fit(x: Tensor, weight: Tensor, metric: Tensor | None, digits: int, unbiased
     # Steps are fitted on some tokens, and the frame judged on others.
     stride = max(1, n // FIT_TOKENS)
     fit, judge = slice(0, None, 2 * stride), slice(stride, None, 2 * stride)
-    z = x[:, fit] @ into
+    z = x[:, fit] @ into.float()
     energy = z.square().mean(-1)
     z = z / energy.clamp(min=1e-30).sqrt()[..., None]
     steps, errors = _fit_steps(z, weight[:, fit] * energy)
     frame = _allocate(into, back, cost, steps, errors, centre, digits)
     plain = grid_frame(heads, dim, digits, x.device)
-    plain = plain._replace(out=torch.cat([plain.out[:, :-1], centre], 1))
+    out = torch.cat([plain.out[:, :-1], centre], 1)
+    plain = plain._replace(into=plain.into.to(STORED), out=out.to(STORED))
     worse = _error(x[:, judge] + centre, weight[:, judge], metric, frame, unbiased) > _error(
         x[:, judge] + centre, weight[:, judge], metric, plain, unbiased
     )
@@ -198,15 +200,14 @@ def _whiten(x: Tensor, weight: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, 
     values, vectors = torch.linalg.eigh((1 - REGULARISE) * metric + REGULARISE * trace * eye)
     root = values.clamp(min=1e-30)
     a = (vectors * root.sqrt()[:, None]) @ vectors.mT
-    a_inverse = (vectors / root.sqrt()[:, None]) @ vectors.mT
     spread = ((x * weight[..., None]).mT @ x).double() / weight.sum(1).clamp(min=1e-30)[
         :, None, None
     ]
     cost, u = torch.linalg.eigh(a @ spread @ a)
     cost = torch.maximum(cost, cost.amax(-1, keepdim=True) * 1e-7).clamp(min=1e-30)
     into = a @ u / cost.sqrt()[:, None]
-    back = cost.sqrt()[:, :, None] * u.mT @ a_inverse
-    return into.float(), back.float(), cost.float()
+    into = into.to(STORED)
+    return into, torch.linalg.inv(into.double()).float(), cost.float()
 
 
 def _fit_steps(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +250,8 @@ def _allocate(
     scale = step.gather(1, dims) * 2.0**shift
     out = back.gather(1, dims[..., None].expand(-1, -1, dim)) * scale[..., None]
     grid = torch.stack([step, 4.0**width, cost], 1)
-    return Frame(into, grid, torch.stack([dims, shift], 1).int(), torch.cat([out, centre], 1))
+    out = torch.cat([out, centre], 1).to(STORED)
+    return Frame(into, grid, torch.stack([dims, shift], 1).int(), out)
 
 
 def _error(x: Tensor, weight: Tensor, metric: Tensor, frame: Frame, unbiased: bool) -> Tensor:

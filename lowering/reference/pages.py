@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import codes
+from ..codes import Frame
 from ..layout import EXACT_DTYPES, Layout
+from ..rings import encode_rings, ring_values
 from ..state import State
 from ..turn import block_start, turn
 
@@ -18,14 +20,30 @@ def encode_pages(k: Tensor, v: Tensor, page: Tensor, state: State, layout: Layou
     if layout.kind == "exact":
         parts = [x.contiguous().view(torch.uint8) for x in (k, v)]
     else:
-        kd, kr = codes.encode(
-            turn_pages(k, page, state, layout, -1), state.key_frame, unbiased=True
-        )
-        vd, vr = codes.encode(v, state.value_frame, unbiased=False)
-        parts = [codes.pack_digits(kd), codes.pack_digits(vd)]
-        parts += [codes.encode_radius(r).unsqueeze(-1) for r in (kr, vr)]
+        k = turn_pages(k, page, state, layout, -1)
+        coded = [
+            encode_side(k, state.key_frame, layout, unbiased=True),
+            encode_side(v, state.value_frame, layout, unbiased=False),
+        ]
+        parts = [packed for packed, _ in coded]
+        parts += [codes.encode_radius(r).unsqueeze(-1) for _, r in coded]
     pages = [x.reshape(batch, heads, n, -1) for x in parts]
     return torch.cat(pages, dim=-1)
+
+
+def encode_side(x: Tensor, frame: Frame, layout: Layout, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Vectors [B, H, n, D] -> bytes [B, H, n, w] and radii [B, H, n] in the layout's code."""
+    if layout.kind == "rings":
+        return encode_rings(x, frame, layout.cell_digits, unbiased=unbiased)
+    digits, radius = codes.encode(x, frame, unbiased=unbiased)
+    return codes.pack_digits(digits), radius
+
+
+def unit_codes(packed: Tensor, layout: Layout) -> Tensor:
+    """Bytes [..., w] -> what ``frame.out`` (less its last row) takes to vectors, [..., N]."""
+    if layout.kind == "rings":
+        return ring_values(packed, layout.cell_digits)
+    return codes.centred_digits(packed)
 
 
 def page_field(pages: Tensor, layout: Layout, name: str) -> Tensor:
@@ -56,7 +74,8 @@ def decode_pages(
         return k, v
     out = []
     for side, frame in (("key", state.key_frame), ("value", state.value_frame)):
-        digits = codes.centred_digits(page_field(pages, layout, f"{side}_digits"))
+        digits = unit_codes(page_field(pages, layout, f"{side}_digits"), layout)
         radius = codes.decode_radius(page_field(pages, layout, f"{side}_radius"))
-        out.append(torch.matmul(digits, frame.out[:, :-1]) * radius + frame.out[:, -1:])
+        vectors = frame.out.float()
+        out.append(torch.matmul(digits, vectors[:, :-1]) * radius + vectors[:, -1:])
     return turn_pages(out[0], page, state, layout, 1), out[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache, StaticLayer
 
 from ..codec.rotary import rotary_plan
+from ..codec.saved import SavedFrames, load_frames
 from ..codec.tiers import choose_tier
 from ..config import Config, make_config
 from ..errors import CacheStateError, CapacityError, ConfigError, UnsupportedError
@@ -35,11 +37,12 @@ class SphericalLayer(CacheLayerMixin):
         siblings: list[SphericalLayer],
         journal: Journal,
         model_config: Any,
+        saved: SavedFrames | None = None,
     ) -> None:
         super().__init__()
         self.max_cache_len, self.config = max_cache_len, config
         self.index, self.siblings, self.journal = index, siblings, journal
-        self.model_config = model_config
+        self.model_config, self.saved = model_config, saved
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self.state: LayerState | None = None
         self.signature = ""
@@ -72,6 +75,7 @@ class SphericalLayer(CacheLayerMixin):
             key_states.device,
             None if budget is None else budget // len(self.siblings),
             rotary_plan(self.model_config, head_dim),
+            None if self.saved is None else partial(self.saved.layer, self.index),
         )
         self._adopt(state)
 
@@ -290,11 +294,14 @@ class SphericalCache(Cache):
                 "there is nothing to compress. Use the model's own cache."
             )
         _check_early(self.config, model_config, max_cache_len)
+        saved = None if self.config.frame is None else load_frames(self.config.frame)
+        if saved is not None:
+            saved.check_config(model_config)
         self.journal = Journal()
         siblings: list[SphericalLayer] = []
         for n in full:
             layers[n] = SphericalLayer(
-                max_cache_len, self.config, n, siblings, self.journal, model_config
+                max_cache_len, self.config, n, siblings, self.journal, model_config, saved
             )
             siblings.append(layers[n])
         self._max_cache_len = max_cache_len

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,9 +13,10 @@ from ..codec.tiers import Tier, choose_tier, tiers
 from ..config import Config
 from ..errors import CacheStateError, ConfigError
 from ..lowering import ops, reference
-from ..lowering.codes import Frame
+from ..lowering.codes import stored
 from ..lowering.grid import grid_frame
 from ..lowering.layout import Layout
+from ..lowering.rings import ring_frame
 from ..lowering.state import FLAGS, LENGTH, PAD, PAGES, State, page_ids, raise_flags, ring_tokens
 
 
@@ -35,6 +38,7 @@ class LayerState:
         dtype, device: of the model's keys and values.
         budget: most bytes of this layer, or None.
         turn: [2, D] plan of the model's rotary embedding (``lowering.turn``), if it has one.
+        saved: with ``config.frame``: (heads, layout) -> this layer's eight frame tensors.
     """
 
     def __init__(
@@ -48,11 +52,15 @@ class LayerState:
         device: torch.device,
         budget: int | None = None,
         turn: Tensor | None = None,
+        saved: Callable[[int, Layout], tuple[Tensor, ...]] | None = None,
     ) -> None:
         self.config = config
         self.batch, self.heads = batch, heads
         self.dtype, self.device = dtype, device
         self.tier = self._choose(head_dim, max_tokens, budget, turn is not None)
+        self._saved = saved
+        if config.frame is not None:  # the frames are there: prompts fit none
+            self.tier = replace(self.tier, layout=replace(self.tier.layout, calibrate=0))
         self.layout: Layout = self.tier.layout
         self.counter: Tensor | None = (
             None  # a Cache layer's cumulative_length, undone with the rest
@@ -74,30 +82,51 @@ class LayerState:
         best = choose_tier(self.config, head_dim, max_tokens, name, turned)
         if budget is None:
             return best
-        sizes = []
+        chosen, sizes = None, []
         for tier in tiers(self.config, head_dim, max_tokens, name, turned):
-            layout = tier.layout
-            exact = 2 * layout.exact_slots * head_dim * self.dtype.itemsize
-            sizes.append(self.batch * self.heads * (exact + layout.max_pages * layout.page_bytes))
+            sizes.append(self._bytes(tier.layout))
             if tier.rate <= best.rate and sizes[-1] <= budget:
                 chosen = tier
-        if min(sizes) > budget:
-            window = self.batch * self.heads * exact
+        if chosen is None:
+            window = 2 * best.layout.exact_slots * head_dim * self.dtype.itemsize
             raise ConfigError(
                 f"budget of {budget} bytes a layer is too small: sinks and recent window alone "
-                f"take {window}, the coarsest tier {min(sizes)} for {max_tokens} tokens. Raise the "
-                "budget, or lower max_cache_len, sinks or recent."
+                f"take {self.batch * self.heads * window}, the coarsest tier {min(sizes)} for "
+                f"{max_tokens} tokens. Raise the budget, or lower max_cache_len, sinks or recent."
             )
         return chosen
+
+    def _bytes(self, layout: Layout) -> int:
+        """Bytes of a state with this layout, its own frames included."""
+        dim, digits = layout.head_dim, layout.key_digits + layout.value_digits
+        exact = 2 * layout.exact_slots * dim * self.dtype.itemsize
+        frames = 0
+        if layout.calibrate:
+            frames = 2 * (2 * dim * dim + 2 * dim + digits * dim) + 4 * (6 * dim + 2 * digits)
+        pages = self.batch * self.heads * layout.max_pages + 1
+        return self.heads * (self.batch * exact + frames) + pages * layout.page_bytes
 
     def _frames(self) -> tuple[Tensor, ...]:
         if self.layout.kind == "exact":
             empty = torch.empty(0, device=self.device)
             return (empty,) * 8
+        if self.config.frame is not None:
+            if self._saved is None:
+                raise ConfigError(
+                    f"frame={self.config.frame!r}: a saved frame belongs to a transformers model "
+                    "with a SphericalCache. Leave it out for other modules."
+                )
+            frames = self._saved(self.heads, self.layout)
+            return tuple(x.to(self.device, copy=True) for x in frames)
         sides = (self.layout.key_digits, self.layout.value_digits)
         dim, own = self.layout.head_dim, self.layout.calibrate > 0
-        frames: list[Frame] = [grid_frame(self.heads, dim, n, self.device) for n in sides]
-        return tuple(x.clone() if own else x for frame in frames for x in frame)
+        if self.layout.kind == "rings":
+            frames = [ring_frame(self.heads, dim, self.device)] * 2
+        else:
+            frames = [grid_frame(self.heads, dim, n, self.device) for n in sides]
+        if own:
+            frames = [stored(frame) for frame in frames]
+        return tuple(x for frame in frames for x in frame)
 
     # ------------------------------------------------------------ what it is
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from ..config import HEAD_DIMS, Config
 from ..errors import ConfigError, UnsupportedError
 from ..lowering.layout import EXACT_DTYPES, Layout
+from ..lowering.rings import BOOKS
 
 #: (digits a coordinate of keys, of values), coarse to fine. Keys need more bits than values.
 GRID_TIERS = ((1, 1), (2, 1), (2, 2))
 
-#: Of the fitted frame, in eighths of a digit a coordinate.
+#: Of the fitted frame, in eighths of a digit a coordinate. Keys and values alike is the best
+#: split at every rate.
 FRAME_TIERS = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16))
 
 CALIBRATE_TOKENS = 256  # a shorter first prompt is coded in the fixed rotation
@@ -47,6 +49,14 @@ def tiers(
                 Layout("digits", *common, key * head_dim, value * head_dim, dtype=dtype),
             )
             for key, value in GRID_TIERS
+        ]
+    if config.codec == "rings":
+        return [
+            Tier(
+                f"rings{4**digits}",
+                Layout("rings", *common, *(2 * (digits * head_dim // 2,)), dtype=dtype),
+            )
+            for digits in BOOKS
         ]
     block = max(config.page_tokens, BLOCK_TOKENS // config.page_tokens * config.page_tokens)
     return [

@@ -94,6 +94,8 @@ def test_reset_makes_a_cache_as_new(model, ids, codec: str) -> None:
     address = cache.states[0].tensors.pool.data_ptr()
     cache.reset()
     assert cache.get_seq_length() == 0
+    assert cache.summary()["stored_tokens"] == [0]
+    assert not cache.states[0].dense()[0].any()
     for part in ids.split((60, 1, 39), dim=1):
         assert torch.equal(forward(model, cache, part), forward(model, fresh, part))
     assert cache.states[0].tensors.pool.data_ptr() == address

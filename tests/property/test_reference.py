@@ -12,7 +12,16 @@ from sequences import SLOTS, Sequence, decoded, sequences
 from support import max_error, same_state
 
 from skv_compile.errors import CacheStateError, CapacityError, NonFiniteError, SkvError
-from skv_compile.lowering.state import LENGTH, PAD, PAGES
+from skv_compile.lowering import reference
+from skv_compile.lowering.state import (
+    FLAG_FULL,
+    FLAG_NONFINITE,
+    FLAG_POSITION,
+    FLAGS,
+    LENGTH,
+    PAD,
+    PAGES,
+)
 
 ROUNDING = 1e-12  # of float64 attention on values of order 1, with room for its ~100 terms
 
@@ -265,3 +274,68 @@ def test_a_query_that_may_see_nothing_gets_zeros() -> None:
     hidden = torch.zeros(2, 1, 1, SLOTS, dtype=torch.bool)
     q, k, v = (x[:, :, 50:51] for x in (seq.q, seq.k, seq.v))
     assert not state.attend(q, k, v, hidden, torch.tensor([50]), False, 1.0).any()
+
+
+# ---------------------------------------------------------------- where nothing can be raised
+
+
+class Elsewhere(torch.Tensor):
+    """A CPU tensor that says it is on an accelerator, where no value may be read."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+    def __bool__(self) -> bool:
+        raise AssertionError("a value was read")
+
+    __int__ = __float__ = __index__ = item = tolist = __bool__
+
+
+def elsewhere(state, seq: Sequence, begin: int, end: int) -> torch.Tensor:
+    """``Sequence.step`` on tensors that must not be read."""
+    q, k, v = (x[:, :, begin:end].as_subclass(Elsewhere) for x in (seq.q, seq.k, seq.v))
+    mask, position = seq.mask[:, :, begin:end], torch.arange(begin, end).as_subclass(Elsewhere)
+    tensors = state.tensors._replace(meta=state.tensors.meta.as_subclass(Elsewhere))
+    out = reference.attend(q, k, v, mask, position, tensors, False, seq.scale, state.layout)
+    reference.append(k, v, mask, position, tensors, state.layout)
+    return out.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("codec", ["identity", "grid"])
+@given(seq=sequences(dtype=torch.float32, exact_inputs=True))
+def test_reading_no_value_gives_the_same_outputs_and_codes(codec: str, seq: Sequence) -> None:
+    there, here = seq.state(codec), seq.state(codec)
+    for begin, end in seq.spans():
+        one, other = elsewhere(there, seq, begin, end), seq.step(here, begin, end)
+        real = torch.arange(begin, end) >= torch.tensor(seq.pads)[:, None]
+        off = (one - other).masked_fill(~real[:, None, :, None], 0)
+        assert off.abs().max() <= 2 * fp32_bound(seq)
+    assert torch.equal(there.tensors.meta, here.tensors.meta)
+    for one, other in zip(decoded(there), decoded(here), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("codec", ["identity", "grid"])
+@pytest.mark.parametrize(
+    ("flag", "start", "tokens"),
+    [(FLAG_NONFINITE, 50, 10), (FLAG_POSITION, 51, 1), (FLAG_FULL, 50, SLOTS - 50 + 1)],
+)
+def test_what_cannot_be_raised_is_flagged_and_nothing_is_stored(codec, flag, start, tokens) -> None:
+    seq, state = filled(codec)
+    k, v = torch.randn(2, 2, 2, tokens, 16, dtype=torch.float64).unbind()
+    if flag == FLAG_NONFINITE:
+        v[1, 1, -1, -1] = torch.nan
+    position = torch.arange(start, start + tokens).as_subclass(Elsewhere)
+    k, v = k.as_subclass(Elsewhere), v.as_subclass(Elsewhere)
+    tensors = state.tensors._replace(meta=state.tensors.meta.as_subclass(Elsewhere))
+    unchanged = same_state(state)
+    reference.append(k, v, None, position, tensors, state.layout)
+    meta = state.tensors.meta
+    assert (meta[:, FLAGS] == flag).all()
+    meta[:, FLAGS] = 0
+    assert unchanged()
+    meta[0, FLAGS] = flag
+    with pytest.raises(CacheStateError, match=r"somewhere: .*cache\.reset\(\)"):
+        state.raise_flags("somewhere")
+    assert unchanged()

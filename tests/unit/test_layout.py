@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from skv_compile.codec.grid import grid_frame
-from skv_compile.codec.hadamard import rotation
+from skv_compile.lowering.grid import grid_frame
+from skv_compile.lowering.hadamard import rotation
 from skv_compile.config import HEAD_DIMS
 from skv_compile.lowering import codes
 from skv_compile.lowering.layout import EXACT_DTYPES, Layout

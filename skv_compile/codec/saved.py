@@ -1,0 +1,254 @@
+"""Frames in a file: written by ``skv calibrate``, used through ``Config(frame=...)``.
+
+A safetensors file, so data only. Its tensors are the parts of :class:`Frame`, one name for each
+layer, side and number of digits: ``layers.3.key.64.into``. ``weights`` [n, SAMPLES] holds a few
+values of the model's own weights. The metadata is one JSON text, because the order of several
+entries is not fixed and the same frames shall give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..lowering.codes import Frame
+from ..lowering.layout import Layout
+
+VERSION = 1
+SAMPLES = 8  # values looked at of each weight
+
+_KEY = "skv_frames"
+SIDES = ("key", "value")
+#: Of each part, as in ``codes.stored``; ``weights`` is float32 too.
+DTYPES = {"into": torch.bfloat16, "grid": torch.float32, "plan": torch.int32, "out": torch.bfloat16}
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+_MODEL_FIELDS = ("model_type", *_SIZES, "head_dim", "rope_parameters")
+#: Weights that a fine-tuned model shares with nobody: what keys and queries are made with.
+_WEIGHTS = re.compile(r"(^|[._])(w?[qk]|w?qkv|query|key|\w*_key_value|c_attn)(_proj)?\.weight$")
+_AGAIN = "Make it with: skv calibrate MODEL --text FILE --out"
+
+
+@dataclass(frozen=True)
+class SavedFrames:
+    """What a file of frames holds.
+
+    ``about``: the metadata. ``model`` is what of the model's config must agree, ``name`` what the
+    model was called; ``layers`` {index: [kv heads, head dim]}; ``tiers`` [{name, bits, key_digits:
+    {index: n}, value_digits: {index: n}}]; ``block``: tokens that share a rotary turn;
+    ``weights``: names of the rows of that tensor. ``tensors``: as in the file.
+    """
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+    path: str = "frames"
+
+    def check_config(self, model_config: Any) -> None:
+        """Refuse a model whose config names another architecture, shape or rotary embedding."""
+        mine, its = identity(model_config), self.about["model"]
+        wrong = [
+            f"{name} is {json.dumps(its.get(name))} there and {json.dumps(mine[name])} here"
+            for name in _MODEL_FIELDS
+            if its.get(name) != mine[name]
+        ]
+        if wrong:
+            raise ConfigError(
+                f"{self.path} was made for another model ({self.about['name']}): "
+                f"{'; '.join(wrong)}. Run skv calibrate on this model."
+            )
+
+    def layer(self, index: int, heads: int, layout: Layout) -> tuple[Tensor, ...]:
+        """The eight tensors of a layer's key and value frame, as they are in the file.
+
+        Raises:
+            ConfigError: the layer has another shape, or its tier is not in the file.
+        """
+        found = self.about["layers"].get(str(index))
+        if found != [heads, layout.head_dim]:
+            there = "no such layer" if found is None else f"{found[0]} kv heads of dim {found[1]}"
+            raise ConfigError(
+                f"{self.path}: layer {index} has {heads} kv heads of dim {layout.head_dim}, the "
+                f"file {there}. Run skv calibrate on this model."
+            )
+        if layout.block != self.about["block"]:
+            raise ConfigError(
+                f"{self.path}: its keys were fitted in blocks of {self.about['block']} tokens, and "
+                f"page_tokens={layout.page_tokens} makes blocks of {layout.block}. Set the "
+                f"page_tokens of the file ({self.about['page_tokens']}), or run skv calibrate "
+                f"--page-tokens {layout.page_tokens}."
+            )
+        digits = (layout.key_digits, layout.value_digits)
+        sides = zip(SIDES, digits, strict=True)
+        names = [tensor_name(index, side, n, part) for side, n in sides for part in Frame._fields]
+        if not all(name in self.tensors for name in names):
+            has = " or ".join(f"{tier['bits']:g}" for tier in self.about["tiers"])
+            rate = f"{layout.bits_per_coordinate:g}"
+            raise ConfigError(
+                f"{self.path} has frames for bits={has}, and the tier that was asked for has "
+                f"{rate}. Set bits to what the file has, or run skv calibrate with --bits {rate}."
+            )
+        return tuple(self.tensors[name] for name in names)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all."""
+        target = Path(path).expanduser().absolute()
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
+        about = {"version": VERSION, **self.about}
+        about["sha256"] = _checksum(about, tensors)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, {_KEY: json.dumps(about, sort_keys=True)})
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def identity(model_config: Any) -> dict[str, Any]:
+    """What of a model's config decides whether frames fit it, in JSON's types."""
+    text = model_config.get_text_config(decoder=True)
+    found = {name: getattr(text, name, None) for name in _MODEL_FIELDS}
+    return json.loads(json.dumps(found, sort_keys=True, default=str))
+
+
+def sample_weights(model: Any) -> dict[str, Tensor]:
+    """{name: [SAMPLES] float32}: evenly spaced values of the embedding and of each layer's query
+    and key projections, as far as they are plain floating-point tensors."""
+    embedding = model.get_input_embeddings()
+    found = {}
+    for name, weight in model.named_parameters():
+        if not (weight is getattr(embedding, "weight", None) or _WEIGHTS.search(name)):
+            continue
+        if weight.is_floating_point() and not weight.is_meta and weight.numel():
+            at = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
+            values = weight.detach().flatten()[at.to(weight.device)]
+            found[name.replace("_orig_mod.", "")] = values.float().cpu()
+    return dict(sorted(found.items()))
+
+
+def check_model(frames: SavedFrames, model: Any) -> None:
+    """Refuse a model that has the right shape but other weights.
+
+    Weights may have another floating dtype than those the frames were fitted with; what is
+    quantised now, or was then, is not compared.
+
+    Raises:
+        ConfigError: the config or a weight differs.
+    """
+    frames.check_config(model.config)
+    mine = sample_weights(model)
+    for name, its in zip(frames.about["weights"], frames.tensors["weights"], strict=True):
+        # The rounding of bfloat16, twice, and what float16 makes of tiny numbers.
+        slack = its.abs() * 2**-7 + 1e-3 * its.square().mean().sqrt()
+        if name in mine and not bool(((mine[name] - its).abs() <= slack).all()):
+            raise ConfigError(
+                f"{frames.path} was made for other weights of the same shape "
+                f"({frames.about['name']}): {name} differs. Run skv calibrate on this model."
+            )
+
+
+def load_frames(path: str | os.PathLike[str]) -> SavedFrames:
+    """Read and check a file of frames; the file is read again only if it has changed.
+
+    Raises:
+        ConfigError: it is missing, damaged, foreign, or of another version.
+    """
+    name = os.fspath(path)
+    full = os.path.realpath(os.path.expanduser(name))
+    try:
+        stat = os.stat(full)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"frame={name!r}: {reason}. {_AGAIN} {name}") from error
+    if not os.path.isfile(full):
+        raise ConfigError(f"frame={name!r} is not a file. {_AGAIN} FILE.")
+    return _load(name, full, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(name: str, full: str, *_changes: int) -> SavedFrames:
+    try:
+        with safe_open(full, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise ConfigError(f"{name} is a safetensors file without frames. {_AGAIN} FILE.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{name} is not a safetensors file, or is damaged: {error}. {_AGAIN} {name}"
+        ) from error
+    try:
+        about = json.loads(text)
+        if about["version"] != VERSION:
+            problem = f"has version {about['version']!r}, and this program reads {VERSION}"
+        else:
+            problem = next(_problems(about, tensors), "")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        problem = f"is damaged: its metadata does not describe frames ({error!r})"
+    if problem:
+        raise ConfigError(f"{name} {problem}. {_AGAIN} {name}")
+    return SavedFrames(about, tensors, name)
+
+
+def tensor_name(index: int | str, side: str, digits: int, part: str) -> str:
+    return f"layers.{index}.{side}.{digits}.{part}"
+
+
+def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of everything but itself."""
+    rest = {key: value for key, value in about.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """What is wrong with a file, in words that follow its name."""
+    about["name"], about["model"]["model_type"], about["block"] + about["page_tokens"]
+    shapes = {"weights": (len(about["weights"]), SAMPLES)}
+    for index, (heads, dim) in about["layers"].items():
+        for tier, side in ((t, s) for t in about["tiers"] for s in SIDES):
+            n = tier[f"{side}_digits"][index]
+            parts = {"into": (dim, dim), "grid": (3, dim), "plan": (2, n), "out": (n + 1, dim)}
+            for part in Frame._fields:
+                shapes[tensor_name(index, side, n, part)] = (heads, *parts[part])
+    for name in sorted(shapes.keys() - tensors.keys()):
+        yield f"is damaged: {name} is missing"
+    for name in sorted(tensors.keys() - shapes.keys()):
+        yield f"is damaged: {name} is not expected in it"
+    for name, shape in shapes.items():
+        x = tensors[name]
+        dtype = DTYPES.get(name.split(".")[-1], torch.float32)
+        if tuple(x.shape) != shape or x.dtype != dtype:
+            yield f"is damaged: {name} is {list(x.shape)} {x.dtype}, not {list(shape)} {dtype}"
+        elif not bool(torch.isfinite(x).all()):
+            yield f"is damaged: {name} is not finite"
+        elif name.endswith(".plan"):
+            dims, shifts = x.unbind(1)
+            if bool(((dims < 0) | (dims >= about["layers"][name.split(".")[1]][1])).any()):
+                yield f"is damaged: {name} names a dimension that is not there"
+            elif not bool(torch.isin(shifts, torch.tensor([0, 2, 4, 6])).all()):
+                yield f"is damaged: {name} has a shift other than 0, 2, 4, 6"
+        elif name.endswith(".grid") and not bool((x[:, :2] > 0).all() and (x[:, 2] >= 0).all()):
+            yield f"is damaged: {name} has steps or levels that are not positive"
+    if about["sha256"] != _checksum(about, tensors):
+        yield "is damaged: its checksum is wrong"
