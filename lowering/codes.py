@@ -84,9 +84,12 @@ def centred_digits(packed: Tensor) -> Tensor:
 
 
 def encode_radius(r: Tensor) -> Tensor:
-    """[...] radii >= 0 -> uint8 codes, relative error at most 2**(1/32) - 1."""
+    """[...] radii >= 0 -> uint8 codes, relative error at most 2**(1/32) - 1.
+
+    What is too small for code 1 is nothing; what is above :func:`largest_radius` is clamped.
+    """
     code = torch.round(torch.log2(r) * RADIUS_STEPS_PER_OCTAVE) + RADIUS_ZERO
-    return torch.where(r > 0, code.clamp(1, 255), torch.zeros_like(code)).to(torch.uint8)
+    return torch.where(r > 0, code.clamp(0, 255), torch.zeros_like(code)).to(torch.uint8)
 
 
 def decode_radius(code: Tensor) -> Tensor:

@@ -213,9 +213,10 @@ def frame_bytes(cache: Any) -> int:
     return sum(found.values())
 
 
-def sizes(cache: Any) -> dict[str, float | int]:
-    """What a spherical cache costs, as plain numbers."""
+def sizes(cache: Any) -> dict[str, Any]:
+    """What a spherical cache costs. Raises what an accelerator flagged while it was filled."""
     return {
+        "tier": cache.summary()["tier"],
         "bits_per_coordinate": cache.bits_per_coordinate,
         "resident_bytes": cache.resident_bytes,
         "dense_bytes": cache.dense_bytes,
@@ -252,7 +253,9 @@ class Pace:
         if self.done > 1:
             each = (time.perf_counter() - self._start) / (self.done - 1)
             left = each * (self.total - self.done + 1)
-            words += f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+            words += (
+                f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+            )
         return words
 
 
@@ -266,13 +269,15 @@ def evaluate(
     """One setting against the exact model: every document, the summary, and what it costs."""
     if not documents:
         raise DocumentError("no documents")
-    pace, parts, cost, seconds = Pace(len(documents)), [], {}, time.perf_counter()
+    pace, seconds = Pace(len(documents)), time.perf_counter()
+    parts: list[metrics.Comparison] = []
+    cost: dict[str, Any] = {}
     for document in documents:
         report(f"document {pace.next()}: {document.name}")
         exact = run_exact(model, document, prefix)
         logits, cache = run_spherical(model, exact, config)
         parts.append(exact.compare(logits))
-        cost = {**sizes(cache), "tier": cache.summary()["tier"]}
+        cost = sizes(cache)
     rows = zip(documents, parts, strict=True)
     return {
         "config": dataclasses.asdict(config),

@@ -39,7 +39,7 @@ def _fresh() -> Iterator[None]:
 
 @pytest.fixture
 def eager_inner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewritten graphs run as they are, also where no option can be given: saves Inductor's time."""
+    """Rewritten graphs run as they are, also where no option can be given: saves Inductor time."""
     from skv_compile.backend import SkvBackend
 
     original = SkvBackend.__init__

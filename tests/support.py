@@ -91,7 +91,9 @@ def padded_batch(batch: int, width: int = 40) -> tuple[Tensor, Tensor]:
     return ids * mask, mask
 
 
-def generate(model: Any, ids: Tensor, mask: Tensor, new: int = 64, **kw: Any) -> tuple[Tensor, Tensor]:
+def generate(
+    model: Any, ids: Tensor, mask: Tensor, new: int = 64, **kw: Any
+) -> tuple[Tensor, Tensor]:
     """Greedy generate(): new tokens [B, n] and logits [B, n, V]."""
     out = model.generate(
         ids,
@@ -139,14 +141,12 @@ def greedy(
     return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
-
-
 def max_error(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).abs().max().item()
 
 
 def same_state(state: LayerState) -> Callable[[], bool]:
-    """Remember every byte of a state (scratch page apart); the result says whether all are there."""
+    """Remember every byte of a state but its scratch page; the result says if all are there."""
     before = [x.clone() for x in state.tensors[:4]]
     before[2] = before[2][:-1]
 
@@ -187,7 +187,9 @@ def layer_state(
 class PlainAttention(nn.Module):
     """gpt-fast's attention: registered cache buffers, indexed assignment, SDPA on the buffers."""
 
-    def __init__(self, gqa: str, dim: int, heads: int, kv_heads: int, batch: int, slots: int) -> None:
+    def __init__(
+        self, gqa: str, dim: int, heads: int, kv_heads: int, batch: int, slots: int
+    ) -> None:
         super().__init__()
         self.gqa, self.heads, self.kv_heads, self.head_dim = gqa, heads, kv_heads, dim // heads
         self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
@@ -270,3 +272,17 @@ def plain_greedy(
         logits.append(step(token, torch.tensor([width + n]))[:, -1])
     stacked = torch.stack(logits, 1)
     return stacked.argmax(-1), stacked
+
+
+def cached_attention(q, k, v, keys, values, input_pos, mask):
+    keys[:, :, input_pos] = k
+    values[:, :, input_pos] = v
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def attention_inputs(tokens: int = 1, start: int = 0):
+    q, k, v = torch.randn(3, 1, 2, tokens, 16).unbind()
+    keys, values = (torch.zeros(1, 2, 512, 16) for _ in range(2))
+    position = torch.arange(start, start + tokens)
+    mask = (torch.arange(512) <= position[:, None])[None, None]
+    return q, k, v, keys, values, position, mask

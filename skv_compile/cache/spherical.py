@@ -293,10 +293,8 @@ class SphericalCache(Cache):
                 f"{type(model_config).__name__} has no full-attention layer with a KV cache, so "
                 "there is nothing to compress. Use the model's own cache."
             )
-        _check_early(self.config, model_config, max_cache_len)
         saved = None if self.config.frame is None else load_frames(self.config.frame)
-        if saved is not None:
-            saved.check_config(model_config)
+        _check_early(self.config, model_config, max_cache_len, saved)
         self.journal = Journal()
         siblings: list[SphericalLayer] = []
         for n in full:
@@ -375,11 +373,20 @@ class SphericalCache(Cache):
         self.journal.commit()
 
 
-def _check_early(config: Config, model_config: Any, max_cache_len: int) -> None:
+def _check_early(
+    config: Config, model_config: Any, max_cache_len: int, saved: SavedFrames | None
+) -> None:
     """Refuse at construction what the first forward would refuse."""
     text = model_config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None)
     if head_dim is None and getattr(text, "hidden_size", None):
         head_dim = text.hidden_size // text.num_attention_heads
+    if saved is not None:
+        saved.check_config(model_config)
     if isinstance(head_dim, int):
-        choose_tier(config, head_dim, max_cache_len, "float32")
+        turned = rotary_plan(model_config, head_dim) is not None
+        tier = choose_tier(config, head_dim, max_cache_len, "float32", turned)
+        if saved is not None and config.budget is None:
+            for index, layer in saved.about["layers"].items():
+                if layer["shape"][1] == head_dim:
+                    saved.layer(int(index), layer["shape"][0], tier.layout)

@@ -116,8 +116,8 @@ class LayerState:
                     f"frame={self.config.frame!r}: a saved frame belongs to a transformers model "
                     "with a SphericalCache. Leave it out for other modules."
                 )
-            frames = self._saved(self.heads, self.layout)
-            return tuple(x.to(self.device, copy=True) for x in frames)
+            parts = self._saved(self.heads, self.layout)
+            return tuple(x.to(self.device, copy=True) for x in parts)
         sides = (self.layout.key_digits, self.layout.value_digits)
         dim, own = self.layout.head_dim, self.layout.calibrate > 0
         if self.layout.kind == "rings":

@@ -1,9 +1,8 @@
 """Frames in a file: written by ``skv calibrate``, used through ``Config(frame=...)``.
 
-A safetensors file, so data only. Its tensors are the parts of :class:`Frame`, one name for each
-layer, side and number of digits: ``layers.3.key.64.into``. ``weights`` [n, SAMPLES] holds a few
-values of the model's own weights. The metadata is one JSON text, because the order of several
-entries is not fixed and the same frames shall give the same bytes.
+A safetensors file. Its tensors are the parts of a :class:`Frame` for each layer, side and number
+of digits, as in ``layers.3.key.64.into``, and ``weights`` [n, SAMPLES], a few values of the model.
+The metadata is one JSON text: the order of several entries would change from run to run.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ _AGAIN = "Make it with: skv calibrate MODEL --text FILE --out"
 class SavedFrames:
     """What a file of frames holds.
 
-    ``about``: the metadata. ``model`` is what of the model's config must agree, ``name`` what the
-    model was called; ``layers`` {index: [kv heads, head dim]}; ``tiers`` [{name, bits, key_digits:
-    {index: n}, value_digits: {index: n}}]; ``block``: tokens that share a rotary turn;
-    ``weights``: names of the rows of that tensor. ``tensors``: as in the file.
+    ``about``: the metadata. ``name`` of the model and ``model``, what of its config must agree;
+    ``layers`` {index: {shape: [kv heads, head dim], key: [digits], value: [digits]}}; ``bits`` of
+    the tiers; ``block``: tokens that share a rotary turn; ``weights``: names of the rows of that
+    tensor. ``tensors``: as in the file.
     """
 
     about: dict[str, Any]
@@ -77,12 +76,11 @@ class SavedFrames:
         Raises:
             ConfigError: the layer has another shape, or its tier is not in the file.
         """
-        found = self.about["layers"].get(str(index))
+        found = self.about["layers"].get(str(index), {"shape": [0, 0]})["shape"]
         if found != [heads, layout.head_dim]:
-            there = "no such layer" if found is None else f"{found[0]} kv heads of dim {found[1]}"
             raise ConfigError(
-                f"{self.path}: layer {index} has {heads} kv heads of dim {layout.head_dim}, the "
-                f"file {there}. Run skv calibrate on this model."
+                f"{self.path} has {found[0]} kv heads of dim {found[1]} in layer {index}, the "
+                f"model {heads} of dim {layout.head_dim}. Run skv calibrate on this model."
             )
         if layout.block != self.about["block"]:
             raise ConfigError(
@@ -95,7 +93,7 @@ class SavedFrames:
         sides = zip(SIDES, digits, strict=True)
         names = [tensor_name(index, side, n, part) for side, n in sides for part in Frame._fields]
         if not all(name in self.tensors for name in names):
-            has = " or ".join(f"{tier['bits']:g}" for tier in self.about["tiers"])
+            has = " or ".join(f"{bits:g}" for bits in self.about["bits"])
             rate = f"{layout.bits_per_coordinate:g}"
             raise ConfigError(
                 f"{self.path} has frames for bits={has}, and the tier that was asked for has "
@@ -129,8 +127,8 @@ def identity(model_config: Any) -> dict[str, Any]:
 
 
 def sample_weights(model: Any) -> dict[str, Tensor]:
-    """{name: [SAMPLES] float32}: evenly spaced values of the embedding and of each layer's query
-    and key projections, as far as they are plain floating-point tensors."""
+    """{name: [SAMPLES] float32} of the embedding and the query and key projections, where they
+    are plain floating-point tensors."""
     embedding = model.get_input_embeddings()
     found = {}
     for name, weight in model.named_parameters():
@@ -144,13 +142,9 @@ def sample_weights(model: Any) -> dict[str, Tensor]:
 
 
 def check_model(frames: SavedFrames, model: Any) -> None:
-    """Refuse a model that has the right shape but other weights.
+    """Refuse a model that has the right shape but other weights, in whatever floating dtype.
 
-    Weights may have another floating dtype than those the frames were fitted with; what is
-    quantised now, or was then, is not compared.
-
-    Raises:
-        ConfigError: the config or a weight differs.
+    What is quantised now, or was then, is not compared.
     """
     frames.check_config(model.config)
     mine = sample_weights(model)
@@ -224,13 +218,14 @@ def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
     """What is wrong with a file, in words that follow its name."""
     about["name"], about["model"]["model_type"], about["block"] + about["page_tokens"]
-    shapes = {"weights": (len(about["weights"]), SAMPLES)}
-    for index, (heads, dim) in about["layers"].items():
-        for tier, side in ((t, s) for t in about["tiers"] for s in SIDES):
-            n = tier[f"{side}_digits"][index]
+    [f"{bits:g}" for bits in about["bits"]]
+    shapes: dict[str, tuple[int, ...]] = {"weights": (len(about["weights"]), SAMPLES)}
+    for index, layer in about["layers"].items():
+        heads, dim = layer["shape"]
+        for side, n in [(s, n) for s in SIDES for n in layer[s]]:
             parts = {"into": (dim, dim), "grid": (3, dim), "plan": (2, n), "out": (n + 1, dim)}
-            for part in Frame._fields:
-                shapes[tensor_name(index, side, n, part)] = (heads, *parts[part])
+            names = {part: tensor_name(index, side, n, part) for part in Frame._fields}
+            shapes |= {names[part]: (heads, *parts[part]) for part in names}
     for name in sorted(shapes.keys() - tensors.keys()):
         yield f"is damaged: {name} is missing"
     for name in sorted(tensors.keys() - shapes.keys()):
@@ -244,7 +239,7 @@ def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str
             yield f"is damaged: {name} is not finite"
         elif name.endswith(".plan"):
             dims, shifts = x.unbind(1)
-            if bool(((dims < 0) | (dims >= about["layers"][name.split(".")[1]][1])).any()):
+            if bool(((dims < 0) | (dims >= about["layers"][name.split(".")[1]]["shape"][1])).any()):
                 yield f"is damaged: {name} names a dimension that is not there"
             elif not bool(torch.isin(shifts, torch.tensor([0, 2, 4, 6])).all()):
                 yield f"is damaged: {name} has a shift other than 0, 2, 4, 6"

@@ -98,7 +98,12 @@ def test_an_encoder_decoder_model_is_refused() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=32, d_model=16, d_kv=16, d_ff=16, num_layers=1, num_heads=1,
+        vocab_size=32,
+        d_model=16,
+        d_kv=16,
+        d_ff=16,
+        num_layers=1,
+        num_heads=1,
         decoder_start_token_id=0,
     )
     model = T5ForConditionalGeneration(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -138,7 +139,8 @@ def decoded(state: LayerState) -> tuple[Tensor, Tensor]:
                     digits = codes.unpack_digits(page_field(coded, layout, f"{side}_digits"))
                     # A radius is a float32 number by definition; the rest is exact here.
                     radius = codes.decode_radius(page_field(coded, layout, f"{side}_radius"))
-                    x = (digits.double() - 1.5) @ frame.out[h].double() * radius.double()
+                    vectors = frame.out[h].double()
+                    x = (digits.double() - 1.5) @ vectors[:-1] * radius.double() + vectors[-1]
                 elif pages:
                     raw = page_field(coded, layout, f"{side}s").contiguous()
                     x = raw.view(state.dtype).double()
@@ -153,6 +155,14 @@ def decoded(state: LayerState) -> tuple[Tensor, Tensor]:
                     dense[b, h, pad + t] = row
         out.append(dense)
     return out[0], out[1]
+
+
+def fp32_bound(seq: Sequence) -> float:
+    """How far float32 attention may be from float64: rounding of logits, exponentials and sums."""
+    eps = torch.finfo(torch.float32).eps
+    size = (seq.q.abs().double().amax((0, 1, 2)) @ seq.k.abs().double().amax((0, 1, 2))).item()
+    logit_error = (seq.head_dim + 2) * eps * size * seq.scale
+    return seq.v.abs().max().item() * (math.expm1(2 * logit_error) + (seq.tokens + 8) * eps)
 
 
 @st.composite
