@@ -112,6 +112,9 @@ class SphericalLayer(CacheLayerMixin):
             return self._eager(key_states, value_states, tokens)
         if not self._fits(key_states):
             return _first_update(self, key_states, value_states)
+        differs = self._shape != (*key_states.shape[:2], key_states.shape[3])
+        if differs or (torch.is_grad_enabled() and key_states.requires_grad):
+            return _refuse(self, key_states, value_states)
         if not _backend_is_ours():
             return _dense_update(self, key_states, value_states)
         # Dynamo guards on what it reads: another codec, tier or length is another graph.
@@ -126,6 +129,8 @@ class SphericalLayer(CacheLayerMixin):
     def _eager(self, k: Tensor, v: Tensor, tokens: int) -> tuple[CachedTensor, CachedTensor]:
         state = self.state
         assert state is not None
+        if self is self.siblings[0]:
+            self.journal.commit()  # a new forward begins; the last one stands
         expected = (state.batch, state.heads, tokens, state.layout.head_dim)
         if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
             found = f"{list(k.shape)} {k.dtype} on {k.device}"
@@ -236,6 +241,16 @@ def _backend_is_ours() -> bool:
         inner = inner or getattr(compiler, "compiler_fn", None) or getattr(compiler, "func", None)
         compiler, seen = inner, seen + 1
     return False
+
+
+@torch.compiler.disable(
+    reason="a SphericalCache refuses keys of another shape than it holds, and keys that require a "
+    "gradient: give each model and batch its own cache, and call the model under torch.no_grad()"
+)
+def _refuse(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Say at run time, in the words of the eager path, what a traced forward does wrong."""
+    keys, _ = layer._eager(k, v, k.shape[2])
+    return keys._pending.dense()
 
 
 @torch.compiler.disable(

@@ -66,8 +66,14 @@ class Attachment:
         model = self._model()
         assert model is not None
         self._refuse(model, cache)
+        rows, tokens = _shape(model, args, kwargs)
+        if cache.is_initialized and cache.batch_size != rows:
+            raise CacheStateError(
+                f"the cache holds a batch of {cache.batch_size} rows and was given {rows}. "
+                "A cache serves one batch: make a new SphericalCache."
+            )
         try:
-            if _tokens(model, args, kwargs) == 1 and cache.is_initialized:
+            if tokens == 1 and cache.is_initialized:
                 return self.compiled(model.device)(*args, **kwargs)
             return self._forward(*args, **kwargs)
         except BackendCompilerFailed as error:
@@ -81,6 +87,11 @@ class Attachment:
             raise UnsupportedError(
                 f"{type(model).__name__} is in training mode; a compressed cache is for inference. "
                 "Call model.eval() first."
+            )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+            raise UnsupportedError(
+                "A gradient is required, and a compressed cache has none. Call the model under "
+                "torch.no_grad() or torch.inference_mode(), or train with a dense cache."
             )
         owner = cache.owner() if cache.owner is not None else None
         if owner is None:
@@ -183,12 +194,12 @@ def detach(model: Any) -> Any:
     return model
 
 
-def _tokens(model: Any, args: tuple, kwargs: dict) -> int:
-    """Tokens a row of this forward brings."""
+def _shape(model: Any, args: tuple, kwargs: dict) -> tuple[int, int]:
+    """Rows of this forward, and the tokens each brings."""
     for name in ("input_ids", "inputs_embeds"):
         if kwargs.get(name) is not None:
-            return kwargs[name].shape[1]
+            return tuple(kwargs[name].shape[:2])
     if args and isinstance(args[0], torch.Tensor):
-        return args[0].shape[1]
+        return tuple(args[0].shape[:2])
     names = list(inspect.signature(type(model).forward).parameters)
     raise SkvError(f"no input_ids or inputs_embeds among the arguments; forward takes {names}.")
