@@ -52,7 +52,7 @@ def draw(result: dict[str, Any]) -> Any:
         colour = STYLES["frame"][1]
         bits, kl, _ = zip(*counted, strict=True)
         axes.plot(bits, kl, ":", color=colour, marker="o", mfc="white", ms=5, lw=1.5)
-        labels.append((bits[-1], kl[-1], "frame, the frames\nthemselves counted", colour, "left"))
+        labels.append((bits[0], kl[0], "frame, the frames\nthemselves counted", colour, "left"))
     axes.set_yscale("log")
     left, right = axes.get_xlim()
     axes.set_xlim(left - 0.6, right + 0.9)

@@ -1,0 +1,78 @@
+"""Fill the README's tables from the JSON in results/: python benchmarks/tables.py [--check]."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SHOWN = ("identity", "frame", "rings", "grid", "Hadamard + Lloyd-Max", "KIVI, groups of 32")
+README = HERE.parent / "README.md"
+
+
+def fidelity() -> str:
+    """Codec, bits, KL and what it costs, one line a tier."""
+    result = json.loads((HERE / "results" / "fidelity.json").read_text(encoding="utf-8"))
+    rows = [
+        "| cache | bits | frames counted | KL, nats (worst document) | perplexity | same top-1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in result["lines"]:
+        if (
+            line["codec"] not in SHOWN
+            or line["keys_only"]
+            or "," in line["name"].split("groups")[0]
+        ):
+            continue
+        if line["bits"] == 5.125:  # there only to anchor a ratio
+            continue
+        each = [document["kl_mean"] for document in line["documents"]]
+        ppl, top1 = (
+            sum(document[key] for document in line["documents"]) / len(each)
+            for key in ("delta_ppl", "same_top1")
+        )
+        name = f"**{line['codec']}**" if line["codec"] == "frame" else line["codec"]
+        rows.append(
+            f"| {name} | {line['bits']:.3f} | {line['bits_with_frames']:.2f} | "
+            f"{sum(each) / len(each):.5f} ({max(each):.5f}) | {ppl:+.2f} % | {100 * top1:.1f} % |"
+        )
+    return "\n".join(rows)
+
+
+def demo() -> str:
+    """The demo's two sides."""
+    result = json.loads((HERE / "results" / "demo.json").read_text(encoding="utf-8"))
+    dense, small = result["dense"], result["spherical"]
+    rows = ["| `make demo`, CPU | dense | compressed |", "|---|---|---|"]
+    rows.append(
+        f"| bytes of the cache | {dense['resident_bytes']:,} | {small['resident_bytes']:,} |"
+    )
+    rows.append(
+        f"| decoding, tokens a second | {dense['speed']['tokens_per_second']:.1f} | "
+        f"{small['speed']['tokens_per_second']:.1f} |"
+    )
+    return "\n".join(rows)
+
+
+def filled(text: str) -> str:
+    """The README with every marked table made anew."""
+    for name, table in (("fidelity", fidelity()), ("demo", demo())):
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
+        if found != 1:
+            raise SystemExit(f"README.md has {found} places for the table {name!r}, expected one")
+    return text
+
+
+def main() -> None:
+    old = README.read_text(encoding="utf-8")
+    new = filled(old)
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md does not match results/: run benchmarks/tables.py" if old != new else 0)
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The frame codec on a CUDA device: calibration, compiled decoding, and CUDA graphs in use."""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.utils import counters
+
+import skv_compile as skv
+from skv_compile.cache.state import LayerState
+
+from .test_generate_cuda import llama, prompt, settings
+
+
+def states(device: str) -> LayerState:
+    torch.manual_seed(3)
+    turn = None
+    state = LayerState(
+        skv.Config(bits=2.2), 2, 2, 64, 2048, torch.float32, torch.device(device), turn=turn
+    )
+    k, v = torch.randn(2, 2, 2, 700, 64).to(device)
+    q = torch.randn(2, 4, 700, 64).to(device)
+    position = torch.arange(700, device=device)
+    state.calibrate(q, k, v, None, position)
+    state.append(k, v, None, position)
+    return state
+
+
+def test_calibration_and_codes_agree_with_the_cpu():
+    cpu, cuda = states("cpu"), states("cuda")
+    assert torch.equal(cpu.tensors.meta, cuda.tensors.meta.cpu())
+    for exact, here in zip(cpu.dense(), cuda.dense(), strict=True):
+        error = (here.cpu() - exact).square().mean() / exact.square().mean()
+        assert error < 0.02  # a few codes at the edge of a cell fall the other way
+
+
+def test_generate_decodes_through_cuda_graphs_without_a_skip():
+    torch._dynamo.reset()
+    counters.clear()
+    model = llama(torch.bfloat16)
+    skv.compile(model, bits=2.2)
+    model.generate(**prompt(1, 700), **settings(64))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_decoding_equals_eager_decoding_on_the_same_codes():
+    torch._dynamo.reset()
+    model = llama()
+    text = prompt(2, 700)
+    eager = skv.SphericalCache(model.config, 1024, bits=2.2)
+    want = model.generate(
+        **text,
+        **settings(80),
+        past_key_values=eager,
+        disable_compile=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    skv.compile(model, bits=2.2)
+    got = model.generate(**text, **settings(80), return_dict_in_generate=True, output_logits=True)
+    first = (got.sequences != want.sequences).any(0).nonzero()
+    steps = (int(first[0]) - 700 if len(first) else 80) or 1
+    for a, b in zip(got.logits[:steps], want.logits[:steps], strict=True):
+        assert (a - b).abs().max() < 1e-3
+    assert steps > 40
