@@ -23,7 +23,7 @@ def fidelity() -> str:
         if (
             line["codec"] not in SHOWN
             or line["keys_only"]
-            or "," in line["name"].split("groups")[0]
+           
         ):
             continue
         if line["bits"] == 5.125:  # there only to anchor a ratio

@@ -104,8 +104,25 @@ def codes_to_vectors(packed: torch.Tensor, radius: torch.Tensor, digits: int) ->
 def test_the_error_on_normal_data_is_the_known_one(digits: int) -> None:
     x = torch.randn(1, 1, 4000, 256)
     frame = rings.ring_frame(1, 256, CPU)
-    back = codes_to_vectors(*rings.encode_rings(x, frame, digits, unbiased=False), digits)
-    assert (back - x).square().mean().item() == pytest.approx(MSE[digits], rel=0.03)
+    packed, radius = rings.encode_rings(x, frame, digits, unbiased=False)
+    error = (codes_to_vectors(packed, radius, digits) - x).square().mean()
+    assert error.item() == pytest.approx(MSE[digits], rel=0.03)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize("digits", SIZES)
+def test_radii_of_a_book_are_the_centroids_of_their_rings(digits: int) -> None:
+    """Lloyd's condition: a ring's radius is the mean of its data along their cell's angle."""
+    x = torch.randn(1, 1, 4000, 256)
+    packed, _ = rings.encode_rings(x, frame_without_rotation(256), digits, unbiased=False)
+    points = rings.ring_values(packed, digits).unflatten(-1, (-1, 2))
+    unit = (x / x.square().mean(-1, keepdim=True).sqrt()).unflatten(-1, (-1, 2))
+    length = points.norm(dim=-1)
+    along = (points * unit).sum(-1) / length.clamp(min=1e-9)
+    for radius in rings.BOOKS[digits].radii:
+        mine = (length - radius).abs() < 1e-4
+        if radius > 0:
+            assert along[mine].mean().item() == pytest.approx(radius, rel=0.02)
 
 
 @pytest.mark.parametrize("digits", SIZES)
