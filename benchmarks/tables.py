@@ -20,11 +20,7 @@ def fidelity() -> str:
         "|---|---|---|---|---|---|",
     ]
     for line in result["lines"]:
-        if (
-            line["codec"] not in SHOWN
-            or line["keys_only"]
-           
-        ):
+        if line["codec"] not in SHOWN or line["keys_only"]:
             continue
         if line["bits"] == 5.125:  # there only to anchor a ratio
             continue

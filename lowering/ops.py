@@ -51,7 +51,8 @@ _lib = torch.library.Library("skv", "DEF")
 _lib.define("slots(Tensor start, int tokens) -> Tensor")
 _lib.define(ATTEND_SCHEMA)
 _lib.define(APPEND_SCHEMA)
-_lib.define(CALIBRATE_SCHEMA)
+# An eigendecomposition waits for the device: graphs that calibrate are replayed without capture.
+_lib.define(CALIBRATE_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 def _attend(q, k, v, mask, position, *rest) -> Tensor:

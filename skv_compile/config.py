@@ -16,6 +16,14 @@ POLICIES = ("none",)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"codec": "identity"},
+    "quality": {"bits": 4.125},
+    "balanced": {"bits": 2.125},
+    "small": {"bits": 1.125},
+}
+
+
 def _doc(default: Any, text: str) -> Any:
     return field(default=default, metadata={"doc": text})
 
@@ -92,6 +100,19 @@ class Config:
     def budget_bytes(self) -> int | None:
         """The budget as a number of bytes."""
         return None if self.budget is None else parse_bytes(self.budget)
+
+    @staticmethod
+    def preset(name: str) -> Config:
+        """A named setting; what each costs in KL is in the README.
+
+        ``exact``: identity, to tell a wiring bug from a coding error. ``quality``, ``balanced``,
+        ``small``: fitted frames at 4.125, 2.125 and 1.125 bits.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        _choice("preset", name, tuple(PRESETS))
+        return Config(**PRESETS[name])
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed; unknown names raise with the nearest one suggested."""

@@ -12,6 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from ..backend import SkvBackend
 from ..cache.spherical import SphericalCache
+from ..codec.saved import check_model, load_frames
 from ..config import Config
 from ..errors import CacheStateError, SkvError, UnsupportedError
 
@@ -40,6 +41,8 @@ class Attachment:
                 f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are "
                 "supported. Nothing was changed."
             )
+        if config.frame is not None:
+            check_model(load_frames(config.frame), model)
         self.config, self.mode = config, mode
         self._model = weakref.ref(model)
         self._forward = model.forward

@@ -63,3 +63,24 @@ def test_compiled_decoding_equals_eager_decoding_on_the_same_codes():
     for a, b in zip(got.logits[:steps], want.logits[:steps], strict=True):
         assert (a - b).abs().max() < 1e-3
     assert steps > 40
+
+
+def test_a_compiled_prefill_calibrates_under_reduce_overhead():
+    torch._dynamo.reset()
+    model = llama()
+    ids = prompt(1, 600)["input_ids"]
+    caches = [skv.SphericalCache(model.config, 1024, bits=2.2) for _ in range(2)]
+    with torch.no_grad():
+        want = model(ids, past_key_values=caches[0]).logits
+        caches[1].early_initialization(1, 2, 64, torch.float32, torch.device("cuda"))
+        compiled = torch.compile(model, backend="skv", mode="reduce-overhead", fullgraph=True)
+        got = compiled(ids, past_key_values=caches[1]).logits.clone()
+        assert (got - want).abs().max() < 1e-3
+        for _ in range(3):
+            token = ids[:, :1]
+            want = model(token, past_key_values=caches[0]).logits
+            got = compiled(token, past_key_values=caches[1]).logits.clone()
+            assert (got - want).abs().max() < 0.05
+    for eager, compiled_state in zip(caches[0].states, caches[1].states, strict=True):
+        error = (eager.dense()[0] - compiled_state.dense()[0]).square().mean()
+        assert error < 0.02 * eager.dense()[0].square().mean()

@@ -207,3 +207,15 @@ def test_public_names_are_importable_and_no_other() -> None:
         assert getattr(skv, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Spherical'"):
         _ = skv.Spherical
+
+
+@pytest.mark.parametrize("name", ["exact", "quality", "balanced", "small"])
+def test_a_preset_is_a_config_and_compiles_nothing(name: str) -> None:
+    config = skv.Config.preset(name)
+    assert isinstance(config, skv.Config)
+    assert (config.codec == "identity") == (name == "exact")
+
+
+def test_an_unknown_preset_suggests_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="balanced"):
+        skv.Config.preset("balance")
