@@ -15,7 +15,7 @@ from skv_compile.lowering import codes
 from skv_compile.lowering.layout import Layout
 from skv_compile.lowering.reference import append, attend, decode_pages, encode_pages
 from skv_compile.lowering.reference.attend import code_logits
-from skv_compile.lowering.reference.calibrate import fit_frames
+from skv_compile.lowering.reference.calibrate import _query_moment, fit_frames
 from skv_compile.lowering.rings import ring_frame
 from skv_compile.lowering.state import State
 from skv_compile.lowering.turn import block_start, half_split_plan, interleaved_plan, turn
@@ -179,6 +179,21 @@ def close_frames(one: codes.Frame, other: codes.Frame, x: Tensor) -> bool:
     a, b = (codes.decode(*codes.encode(x, f, unbiased=False), f) for f in (one, other))
     error = (a - x).norm()
     return bool((a - b).norm() < 0.25 * error) and bool(abs((b - x).norm() / error - 1) < 0.01)
+
+
+@pytest.mark.parametrize("block", [0, 16])
+@given(seed=seeds)
+def test_the_query_moment_sees_queries_as_the_blocks_of_their_tokens_do(block: int, seed) -> None:
+    layout = form(block, 16)
+    g = torch.Generator().manual_seed(seed)
+    q, w = torch.randn(1, 2, 5, 16, generator=g), torch.rand(1, 2, 5, 90, generator=g)
+    w[..., : layout.sinks] = 0
+    got = _query_moment(q, w, plan_of(layout), layout)
+    starts = (torch.arange(90) - 4).clamp(min=0) // 16 * 16 + 4 if block else torch.zeros(90)
+    pairs = [(i, i + 8) for i in range(8)]
+    seen = rotated(q.unsqueeze(3).expand(-1, -1, -1, 90, -1), -starts, pairs, speeds(16))
+    want = torch.einsum("bgnt,bgnti,bgntj->ij", w.double(), seen, seen) / w.double().sum()
+    assert (got - want).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------- padding

@@ -79,15 +79,18 @@ def through_pages(data, frames, form: Layout) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("rate", [0.5, 1, 2])
 def test_digits_of_a_dimension_come_most_significant_first(dim: int, rate: float) -> None:
     count = int(rate * dim)
-    for frame in fit(prompt(300, dim=dim, group=1), layout(dim, count)):
+    q, k, v = prompt(600, dim=dim, group=1)
+    frames = fit((q, k, v), layout(dim, count))
+    # A second digit gains more than a first where most coordinates are 0 and few are large.
+    rare = v * (torch.rand(v.shape) < 0.02) * torch.logspace(1, -1, dim)
+    for frame in (*frames, fit((q, k, rare), layout(dim, count))[1]):
         assert frame.plan.shape == (2, 2, count)
         for (dims, shifts), (step, levels, weight) in zip(frame.plan, frame.grid, strict=True):
             for d in range(dim):
                 mine = shifts[dims == d].tolist()
                 assert mine == [2 * n for n in reversed(range(len(mine)))]
                 assert levels[d] == 4 ** len(mine)
-            assert (step > 0).all()
-            assert (weight > 0).all()
+            assert torch.stack([step, weight]).min() > 0
 
 
 def test_dimensions_get_different_widths_where_the_data_is_uneven() -> None:
@@ -139,11 +142,9 @@ def test_a_fitted_frame_codes_as_the_float64_formula(dim: int, unbiased: bool) -
     error = (radius[0, 0].double() / want_radius - 1).abs()
     assert error[same].max() < 1e-4
     # ``out`` is the inverse of ``into`` up to bfloat16.
-    back = codes.decode(digits, radius, frame)[0, 0].double()
-    centre = frame.out[0, -1].double()
-    span = 4 * BF16 * (want - centre).norm(dim=-1) + BF16 * centre.norm()
+    back, rows = codes.decode(digits, radius, frame)[0, 0].double(), frame.out[0].double()
+    span = 4 * BF16 * (want - rows[-1]).norm(dim=-1) + BF16 * rows[-1].norm()
     assert ((back - want).norm(dim=-1) < span)[same].all()
-    rows = frame.out[0].double()
     sums = (digits[0, 0].double() - 1.5) @ rows[:-1] * radius[0, 0, :, None].double() + rows[-1]
     assert (back - sums).abs().max() < 1e-5 * sums.abs().max()
 
@@ -172,8 +173,8 @@ def test_the_frame_beats_the_plain_grid_and_the_turn_beats_none(digits: int) -> 
     plain = grid_frame(2, 64, digits, CPU)
     grid = logit_error(data, flat, (plain, plain))
     frame = logit_error(data, turned, fit(data, turned))
-    assert frame < 0.5 * grid
-    assert frame < 0.9 * logit_error(data, flat, fit(data, flat))
+    assert frame < 0.4 * grid
+    assert frame < 0.7 * logit_error(data, flat, fit(data, flat))
 
 
 def test_a_head_without_structure_is_no_worse_than_on_the_grid() -> None:
@@ -214,8 +215,7 @@ def test_hard_keys_and_values_are_fitted_and_coded(name: str, dim: int) -> None:
 
 @pytest.mark.parametrize("size", [1e15, 1e-15, 0.0])
 def test_keys_unlike_the_prompt_stay_finite(size: float) -> None:
-    data = prompt(300)
-    form = layout()
+    data, form = prompt(300), layout()
     frames = fit(data, form)
     for back in through_pages((data[0], data[1] * size, data[2] * size), frames, form):
         assert torch.isfinite(back).all()
