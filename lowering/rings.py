@@ -92,6 +92,4 @@ def ring_values(packed: Tensor, digits: int) -> Tensor:
     """Bytes [..., D * digits / 8] -> unit vectors [..., D] float32."""
     places = torch.arange(digits, device=packed.device) * 2
     cell = (unpack_digits(packed).unflatten(-1, (-1, digits)).long() << places).sum(-1)
-    points = _tables(digits, packed.device)[0]
-    # Unused pages hold anything: a cell beyond the book would be read out of bounds.
-    return points[cell.clamp(max=len(points) - 1)].flatten(-2)
+    return _tables(digits, packed.device)[0][cell].flatten(-2)

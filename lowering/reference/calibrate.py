@@ -56,7 +56,9 @@ def calibrate(
     """
     if k.shape[2] < layout.calibrate or layout.calibrate == 0:
         return
-    good = (position[0] == 0) & torch.isfinite(k).all() & torch.isfinite(v).all()
+    valid = own_validity(mask, position, k.shape[0])[:, None, :, None]
+    finite = [(torch.isfinite(x) | ~valid).all() for x in (k, v)]  # padding may hold anything
+    good = (position[0] == 0) & finite[0] & finite[1]
     if not k.is_cuda and not bool(good):
         return
     q, k, v = (torch.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (q, k, v))
@@ -182,7 +184,7 @@ def _fit(
     uniform = (weight > 0).to(x.dtype)
     by = uniform if metric is not None else weight
     # Squares of huge or tiny vectors leave float32: everything is done at unit size.
-    size = x.abs().amax((1, 2), keepdim=True)
+    size = (x * uniform[..., None]).abs().amax((1, 2), keepdim=True)
     size = torch.where(size > 0, size, 1.0)
     x = x / size
     centre = (by[..., None] * x).sum(1, keepdim=True) / by.sum(1).clamp(min=1e-30)[:, None, None]

@@ -71,8 +71,7 @@ def truncates(side: str, have: int, want: int, head_dim: int) -> bool:
 def truncate(packed: Tensor, digits: int) -> Tensor:
     """The first ``digits`` digits of codes: bytes [..., N / 4] -> [..., digits / 4].
 
-    Raises:
-        ValueError: more digits than there are, or not a multiple of 8.
+    Raises ValueError if there are fewer, or they fill no words.
     """
     _check(packed.shape[-1] * DIGITS_PER_BYTE, digits)
     return packed[..., : digits // DIGITS_PER_BYTE].contiguous()
@@ -84,8 +83,7 @@ def truncate_frame(frame: Frame, digits: int) -> Frame:
     It reads truncated codes, and it also encodes: a dimension that lost n digits has a step
     4**n times as wide, one that lost all is not coded. ``into`` is shared, not copied.
 
-    Raises:
-        ValueError: more digits than there are, or not a multiple of 8.
+    Raises ValueError if there are fewer, or they fill no words.
     """
     _check(frame.plan.shape[-1], digits)
     lost = torch.zeros_like(frame.grid[:, 0])
@@ -132,7 +130,7 @@ def demote(
             "pass the frame that they were coded in."
         )
     cut = truncates(side, have, want, high.into.shape[-1])
-    if want == have and cut:
+    if want == have:
         return packed, radius, high
     moved = _from_centre(packed, high) * decode_radius(radius).unsqueeze(-1)
     if not cut:

@@ -59,21 +59,21 @@ def tiers(
             for digits in BOOKS
         ]
     block = max(config.page_tokens, BLOCK_TOKENS // config.page_tokens * config.page_tokens)
-    return [
-        Tier(
-            f"k{key / 4:g}v{value / 4:g}",
-            Layout(
-                "digits",
-                *common,
-                key * head_dim // 8,
-                value * head_dim // 8,
-                block=block if turned else 0,
-                calibrate=CALIBRATE_TOKENS,
-                dtype=dtype,
-            ),
+    found: dict[tuple[int, int], Tier] = {}
+    for key, value in FRAME_TIERS:
+        # Whole words of eight digits; small head dims have fewer tiers.
+        digits = max(8, key * head_dim // 64 * 8), max(8, value * head_dim // 64 * 8)
+        layout = Layout(
+            "digits",
+            *common,
+            key_digits=digits[0],
+            value_digits=digits[1],
+            block=block if turned else 0,
+            calibrate=CALIBRATE_TOKENS,
+            dtype=dtype,
         )
-        for key, value in FRAME_TIERS
-    ]
+        found.setdefault(digits, Tier(f"k{key / 4:g}v{value / 4:g}", layout))
+    return list(found.values())
 
 
 def choose_tier(
