@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .backend import SkvBackend
+from .cache import phantom
 from .cache.spherical import SphericalCache
 from .config import Config, make_config
 from .errors import ConfigError
@@ -87,18 +88,28 @@ def explain(model: Any, *args: Any, config: Config | None = None, **kwargs: Any)
     if hf.is_hf_model(model) and kwargs.get("past_key_values") is None:
         kwargs = {**kwargs, "past_key_values": _cache_like(model, settings, args, kwargs)}
     backend = SkvBackend(config=settings.replace(strict=False), options={"inner": "eager"})
-    with listening() as graphs, torch.no_grad():
-        torch.compile(forward, backend=backend)(*args, **kwargs)
+    backend.nonce = object()  # a graph compiled before would not be reported
+    buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
+    dense = [(x, x.data, x.clone()) for x in buffers if phantom.state_of(x) is None]
+    try:
+        with listening() as graphs, torch.no_grad():
+            torch.compile(forward, backend=backend)(*args, **kwargs)
+    finally:
+        for buffer, data, values in dense:
+            if phantom.state_of(buffer) is not None:  # the look must not change the module
+                data.copy_(values)
+                phantom.leave(buffer, data)
     return Report(tuple(graph for graph in graphs if graph.sites or graph.plain))
 
 
 def _cache_like(model: Any, config: Config, args: tuple, kwargs: dict) -> SphericalCache:
     """A cache for one forward, allocated, so that the whole forward is one graph."""
-    ids = next(
-        x
-        for x in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        if x is not None
-    )
+    given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    ids = next((x for x in given if x is not None), None)
+    if ids is None:
+        raise ConfigError(
+            "explain runs the model once and was given no input: skv.explain(model, input_ids)."
+        )
     cache = SphericalCache(model.config, ids.shape[1] + config.sinks + config.recent, config)
     text = model.config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

@@ -76,6 +76,7 @@ class SkvBackend:
         self.inner = extra.get("inner", "inductor")
         if self.inner not in ("inductor", "eager"):
             raise ConfigError(f"inner={self.inner!r}: expected 'inductor' or 'eager'.")
+        self.nonce: object = None  # set where a graph must not be shared with an equal backend
         self.inductor = {**_mode_options(mode), **extra.get("inductor", {})}
 
     def __eq__(self, other: object) -> bool:
@@ -85,20 +86,22 @@ class SkvBackend:
         return hash((self.config, self.inner))
 
     def _key(self) -> tuple:
-        return (self.config, self.inner, tuple(sorted(self.inductor.items())))
+        return (self.config, self.inner, self.nonce, tuple(sorted(self.inductor.items())))
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         found = match(gm.graph)
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         inputs = dict(zip(nodes, example_inputs, strict=True))
-        found = _leave_foreign(found, inputs)
+        found = _without_first_forward(_leave_foreign(found, inputs), inputs)
         states = [_state_for(site, inputs, self.config) for site in found.sites]
         record(GraphReport.of(found, states))
         self._speak_of(found)
         if not found.sites:
+            _refuse_phantoms(found, example_inputs)
             return self._compile(gm, list(example_inputs), self.config)
         _refuse_gradients(example_inputs)
         done = rewrite(gm, found, states, example_inputs)
+        _refuse_phantoms(found, [example_inputs[n] for n in done.kept])
         inner = self._compile(done.module, done.example_inputs, states[0].config)
         columns = [nodes.index(site.key.cache) for site in found.sites]
         values = [nodes.index(site.value.cache) for site in found.sites]
@@ -171,6 +174,26 @@ def _leave_foreign(found: Match, inputs: dict[Any, Any]) -> Match:
     return Match(tuple(sites), tuple(refusals), found.plain)
 
 
+def _without_first_forward(found: Match, inputs: dict[Any, Any]) -> Match:
+    """Leave out attentions of a first forward, whose layer was allocated outside the graph."""
+    if not any(getattr(x, "_skv_first_forward", False) for x in inputs.values()):
+        return found
+    kept = tuple(r for r in found.refusals if r.code != "cache-not-written")
+    return Match(found.sites, kept, found.plain)
+
+
+def _refuse_phantoms(found: Match, inputs: Sequence[Any]) -> None:
+    """A compressed cache that reaches a graph unrewritten would be read as NaN, or written over."""
+    if not any(phantom.state_of(x) is not None for x in inputs):
+        return
+    reasons = "; ".join(f"{r.where or 'attention'}: {r.reason}" for r in found.refusals)
+    raise UnsupportedError(
+        "A compressed cache is used in a way that could not be rewritten: "
+        f"{reasons or 'it is read or written outside an attention'}. "
+        "Write it once per forward, just before its attention, or keep it dense."
+    )
+
+
 def _in_hf_cache(placeholder: Node) -> bool:
     """Whether Dynamo found the tensor at ``<cache>.layers[n].keys``."""
     source = getattr(placeholder, "_dynamo_source", None)
@@ -228,9 +251,10 @@ def _runtime(
         """Dense buffers become phantoms; what they hold already is stored first."""
         for key, value, state in zip(keys, values, states, strict=True):
             if phantom.state_of(args[key]) is None:
-                _import(args[key], args[value], state)
-                phantom.vacate(args[key], state)
-                phantom.vacate(args[value], state)
+                own = state.fresh()  # another instance may run the same graph
+                _import(args[key], args[value], own)
+                phantom.vacate(args[key], own)
+                phantom.vacate(args[value], own)
 
     def run(*args: Any) -> Any:
         feed = [args[n] for n in kept]
@@ -254,7 +278,7 @@ def _runtime(
             journal.record(state, tokens)
         try:
             out = inner(*feed)
-        except Exception:
+        except BaseException:
             journal.rollback()
             raise
         journal.commit()

@@ -124,6 +124,11 @@ def _replace(
     layout = state.layout
     scale = layout.head_dim**-0.5 if site.scale is None else site.scale
     with graph.inserting_before(attention):
+        if site.mask is not None and mask is not None:
+            missing = 4 - site.mask.meta["example_value"].dim()
+            if missing > 0:
+                index = (*((None,) * missing), Ellipsis)
+                mask = graph.call_function(operator.getitem, (mask, index))
         position = _position(graph, site, new, key)
         attend = graph.call_function(
             ops.attend,

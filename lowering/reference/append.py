@@ -70,14 +70,15 @@ def append(
     in_ring = length >= pages * layout.page_tokens + torch.where(pages > 0, layout.sinks, 0)
     pad = torch.where(length < 0, pad + length, pad)
     length = length.clamp(min=0)
-    bad_position = ((pad + length != start) | ~in_ring).any()
+    steps = torch.arange(tokens, device=k.device)
+    bad_position = ((pad + length != start) | ~in_ring).any() | (position != start + steps).any()
 
     # Left padding: what precedes the first visible token of an empty row.
     lead = torch.where(valid.any(1), valid.to(torch.int8).argmax(1), tokens)
     lead = torch.where(length == 0, lead, 0)
     new_length = length + tokens - lead
 
-    stored = torch.arange(tokens, device=k.device) >= lead[:, None]
+    stored = steps >= lead[:, None]
     finite = torch.isfinite(k).all(-1).all(1) & torch.isfinite(v).all(-1).all(1)
     bad_value = (stored & ~finite).any()
     i_new = (new_length - layout.sinks).clamp(min=0)
@@ -110,13 +111,13 @@ def append(
     if on_cpu:
         most = min(most, int(due.max()))
     if most > 0:
-        steps = torch.arange(most, device=k.device)
+        numbers = torch.arange(most, device=k.device)
         i = pages[:, None] * layout.page_tokens + torch.arange(
             most * layout.page_tokens, device=k.device
         )
-        fresh_pages = encode_pages(*pick(i), pages[:, None] + steps, state, layout)
+        fresh_pages = encode_pages(*pick(i), pages[:, None] + numbers, state, layout)
         ids = page_ids(batch, heads, layout.max_pages, pages, most)
-        write = (steps < due[:, None])[:, None, :] & ~bad
+        write = (numbers < due[:, None])[:, None, :] & ~bad
         ids = torch.where(write, ids, state.pool.shape[0] - 1)
         state.pool.index_copy_(0, ids.flatten(), fresh_pages.flatten(0, 2))
 

@@ -57,14 +57,16 @@ def calibrate(
     if k.shape[2] < layout.calibrate or layout.calibrate == 0:
         return
     valid = own_validity(mask, position, k.shape[0])[:, None, :, None]
+    if int(valid.sum(2).max()) < layout.calibrate:  # padding is no prompt
+        return
     finite = [(torch.isfinite(x) | ~valid).all() for x in (k, v)]  # padding may hold anything
     good = (position[0] == 0) & finite[0] & finite[1]
-    if not k.is_cuda and not bool(good):
+    if not bool(good):
         return
     q, k, v = (torch.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (q, k, v))
     fitted = fit_frames(q, k, v, mask, position, plan, layout)
     for old, new in zip(frames, (*fitted[0], *fitted[1]), strict=True):
-        old.copy_(torch.where(good, new, old))
+        old.copy_(new)
 
 
 def fit_frames(
@@ -98,7 +100,7 @@ def fit_frames(
         (keys, key_weight, moment, layout.key_digits, True),
         (values, value_weight, None, layout.value_digits, False),
     ):
-        plain = metric is None and tokens < LONG
+        plain = metric is None and not _is_long(alive)
         frames.append(_fit(x, weight, metric, digits, unbiased, plain))
     return frames[0], frames[1]
 
@@ -134,7 +136,7 @@ def _head_statistics(q, k, v, at, alive, h, plan, layout):
         kh = turn(kh, -start.expand(batch, -1), plan)
     moment = _query_moment(qh, w, plan, layout)
     weight = [
-        _flatten(x, (alive & (t >= layout.sinks)).flatten(), tokens >= LONG)
+        _flatten(x, (alive & (t >= layout.sinks)).flatten(), _is_long(alive))
         for x in (w.sum((1, 2)).flatten(), square.sum((1, 2)).flatten())
     ]
     return kh.flatten(0, 1), vh.flatten(0, 1), moment, *weight
@@ -156,6 +158,10 @@ def _query_moment(q: Tensor, w: Tensor, plan: Tensor, layout: Layout) -> Tensor:
         turned = turn(q, by, plan).flatten(0, 2)
         moment += (turned * mass[..., block].reshape(-1, 1)).T @ turned
     return moment / mass.sum().clamp(min=1e-30)
+
+
+def _is_long(alive: Tensor) -> bool:
+    return int(alive.sum(1).max()) >= LONG
 
 
 def _flatten(w: Tensor, counts: Tensor, long: bool) -> Tensor:

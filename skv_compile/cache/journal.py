@@ -19,6 +19,8 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[LayerState, Undo, Tensor | None]] = {}
+        self.dense_layers = 0  # layers of the same cache that cannot be put back
+        self.spoiled = False
 
     def record(self, state: LayerState, tokens: int) -> None:
         """Remember a layer before ``tokens`` tokens are written to it.
@@ -38,6 +40,8 @@ class Journal:
 
     def rollback(self) -> None:
         """Put every layer of the failed forward back as it was."""
+        if self._entries and self.dense_layers:
+            self.spoiled = True
         for state, undo, counter in self._entries.values():
             state.restore(undo)
             if counter is not None and state.counter is not None:

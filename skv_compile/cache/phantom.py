@@ -2,7 +2,9 @@
 
 It has the shape, dtype and strides-of-some-view of the dense cache that a model's
 code expects, over a single NaN: tracing sees a cache, a stray read is poisoned, and
-an eager in-place write raises. The layer's real state rides on it as an attribute.
+most eager in-place writes raise (an indexed assignment with a tensor only warns: a
+module whose buffers have become phantoms is to be run compiled). The layer's real
+state rides on it as an attribute.
 """
 
 from __future__ import annotations
@@ -37,6 +39,12 @@ def attach(tensor: Tensor, state: LayerState) -> None:
 def state_of(tensor: object) -> LayerState | None:
     """The state that rides on a tensor, if it is a phantom."""
     return getattr(tensor, _ATTRIBUTE, None)
+
+
+def leave(tensor: Tensor, data: Tensor) -> None:
+    """Make a vacated buffer dense again, over ``data``."""
+    tensor.data = data
+    delattr(tensor, _ATTRIBUTE)
 
 
 def vacate(dense: Tensor, state: LayerState) -> None:

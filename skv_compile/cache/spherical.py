@@ -130,7 +130,7 @@ class SphericalLayer(CacheLayerMixin):
         state = self.state
         assert state is not None
         if self is self.siblings[0]:
-            self.journal.commit()  # a new forward begins; the last one stands
+            self._begin()
         expected = (state.batch, state.heads, tokens, state.layout.head_dim)
         if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
             found = f"{list(k.shape)} {k.dtype} on {k.device}"
@@ -156,6 +156,18 @@ class SphericalLayer(CacheLayerMixin):
             CachedTensor.make(self.keys, pending, 0),
             CachedTensor.make(self.values, pending, 1),
         )
+
+    def _begin(self) -> None:
+        """A new forward: the last one stands if it reached every layer, else it is undone."""
+        if self.journal.spoiled:
+            raise CacheStateError(
+                "An earlier forward failed halfway, and the sliding layers of this cache cannot be "
+                "put back. Call cache.reset() and run the prompt again."
+            )
+        seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
+        if len(seen) > 1 and self.device.type == "cpu":
+            self.journal.rollback()
+        self.journal.commit()
 
     # ------------------------------------------------------------ the layer protocol
 
@@ -183,7 +195,9 @@ class SphericalLayer(CacheLayerMixin):
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
         if remove > seen:
             raise CacheStateError(f"crop({tokens_to_remove}): the cache has seen {seen} tokens.")
-        if remove:
+        if remove == seen:
+            self.reset()
+        elif remove:
             self.state.crop(remove)
             self.cumulative_length.sub_(remove)
 
@@ -273,7 +287,10 @@ def _first_update(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, 
             other.lazy_initialization(k[:, :, :0], v[:, :, :0])
             other._guessed = other is not layer
     keys, _ = layer._eager(k, v, k.shape[2])
-    return keys._pending.dense()
+    dense = keys._pending.dense()
+    for tensor in dense:
+        tensor._skv_first_forward = True
+    return dense
 
 
 class SphericalCache(Cache):
@@ -317,6 +334,7 @@ class SphericalCache(Cache):
                 max_cache_len, self.config, n, siblings, self.journal, model_config, saved
             )
             siblings.append(layers[n])
+        self.journal.dense_layers = len(layers) - len(full)
         self._max_cache_len = max_cache_len
         self.owner: Any = None  # weak reference to the compiled model that uses this cache
         super().__init__(layers=layers)
@@ -386,6 +404,7 @@ class SphericalCache(Cache):
         """Forget every token; the next forward starts a new sequence."""
         super().reset()
         self.journal.commit()
+        self.journal.spoiled = False
 
 
 def _check_early(

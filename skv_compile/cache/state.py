@@ -26,6 +26,7 @@ class Undo(NamedTuple):
     meta: Tensor
     exact: tuple[Tensor, Tensor] | None
     frames: tuple[Tensor, ...]
+    pool: Tensor | None
 
 
 class LayerState:
@@ -56,7 +57,7 @@ class LayerState:
     ) -> None:
         self.config = config
         self.batch, self.heads = batch, heads
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.budget = dtype, device, budget
         self.tier = self._choose(head_dim, max_tokens, budget, turn is not None)
         self._saved = saved
         if config.frame is not None:  # the frames are there: prompts fit none
@@ -181,21 +182,37 @@ class LayerState:
             self.tensors.meta[:, FLAGS] = 0
         raise_flags(flags, where)
 
+    def fresh(self) -> LayerState:
+        """An empty state like this one, with tensors of its own."""
+        copy = LayerState.__new__(LayerState)
+        copy.__dict__.update(self.__dict__, counter=None)
+        shared = 4 if self.layout.calibrate == 0 else len(self.tensors)
+        own = [x.clone() for x in self.tensors[:shared]]
+        copy.tensors = State(*own, *self.tensors[shared:])
+        copy.reset()
+        return copy
+
     def reset(self) -> None:
-        """Forget every token; memory and addresses stay."""
+        """Forget every token, and the frames fitted to them; memory and addresses stay."""
         self.tensors.meta.zero_()
+        if self.layout.calibrate:
+            for tensor, plain in zip(self.tensors[5:], self._frames(), strict=True):
+                tensor.copy_(plain)
 
     def snapshot(self, tokens: int) -> Undo:
         """What :meth:`restore` needs to undo a forward of ``tokens`` tokens.
 
-        One token overwrites only a ring slot whose token has long been in a page.
+        One token that follows the others overwrites only a ring slot whose token has long been
+        in a page. Where no counter says that it follows (a module's own buffers), everything
+        that a new start would overwrite is kept.
         """
         exact = None
-        if tokens > 1:
+        if tokens > 1 or self.counter is None:
             exact = (self.tensors.exact_keys.clone(), self.tensors.exact_values.clone())
         fits = 0 < self.layout.calibrate <= tokens
         frames = tuple(x.clone() for x in self.tensors[5:]) if fits else ()
-        return Undo(self.tensors.meta.clone(), exact, frames)
+        pool = self.tensors.pool.clone() if tokens > 1 and self.counter is None else None
+        return Undo(self.tensors.meta.clone(), exact, frames, pool)
 
     def restore(self, undo: Undo) -> None:
         self.tensors.meta.copy_(undo.meta)
@@ -204,6 +221,8 @@ class LayerState:
             self.tensors.exact_values.copy_(undo.exact[1])
         for tensor, old in zip(self.tensors[5:], undo.frames, strict=False):
             tensor.copy_(old)
+        if undo.pool is not None:
+            self.tensors.pool.copy_(undo.pool)
 
     def crop(self, remove: int) -> None:
         """Drop the last ``remove`` tokens of every row.
@@ -264,6 +283,11 @@ class LayerState:
         else:
             target = LayerState.__new__(LayerState)
             target.__dict__.update(self.__dict__, batch=len(rows))
+            if self.budget is not None and target._bytes(self.layout) > self.budget:
+                raise ConfigError(
+                    f"{len(rows)} rows need {target._bytes(self.layout)} bytes a layer, and the "
+                    f"budget leaves {self.budget}. Nothing was changed; raise the budget."
+                )
         state, layout = self.tensors, self.layout
         per_row = state.pool[:-1].view(self.batch, -1, layout.page_bytes)
         exact = [x.index_select(0, rows) for x in (*state[:2], state.meta)]

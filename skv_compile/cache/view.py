@@ -132,6 +132,23 @@ def _wrap(
 
 
 _METADATA = {
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_sparse",
+    "is_quantized",
+    "requires_grad",
+    "grad",
+    "grad_fn",
+    "is_leaf",
+    "names",
+    "itemsize",
+    "nbytes",
     "size",
     "dim",
     "ndimension",
@@ -151,7 +168,9 @@ _METADATA = {
 def _is_metadata(func: Any) -> bool:
     """Calls that read a tensor's description, never its data."""
     name = getattr(func, "__name__", "")
-    return name in _METADATA or name == "__get__"
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return name in _METADATA
 
 
 def _materialise(x: Any) -> Any:
@@ -251,6 +270,8 @@ def _sdpa(
             f"{pending.where}: attention dropout {dropout_p} with a compressed cache. "
             "Call model.eval() first."
         )
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     tokens = pending.k.shape[2]
     packed = same and tokens == 1 and query.shape[2] != 1 and query.shape[1] == key.shape[1]
     causal = is_causal and tokens > 1

@@ -20,6 +20,8 @@ from ..errors import CacheStateError, SkvError, UnsupportedError
 #: length share one compiled graph.
 LENGTH_STEP = 256
 
+RECOMPILE_LIMIT = 256
+
 
 def is_hf_model(target: object) -> bool:
     """Whether ``target`` is a transformers model that can generate."""
@@ -44,6 +46,8 @@ class Attachment:
         if config.frame is not None:
             check_model(load_frames(config.frame), model)
         self.config, self.mode = config, mode
+        SkvBackend(config=config, mode=mode)  # refuse a wrong mode now
+        self.before = {n: model.__dict__[n] for n in ("forward", "generate") if n in model.__dict__}
         self._model = weakref.ref(model)
         self._forward = model.forward
         self._generate = getattr(model, "generate", None)
@@ -76,13 +80,21 @@ class Attachment:
                 "A cache serves one batch: make a new SphericalCache."
             )
         try:
-            if tokens == 1 and cache.is_initialized:
-                return self.compiled(model.device)(*args, **kwargs)
-            return self._forward(*args, **kwargs)
+            if tokens == 1 and cache.is_initialized and _compiles(model, kwargs):
+                # Every length and batch size is a graph of its own, and a user may have many.
+                with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                    out = self.compiled(model.device)(*args, **kwargs)
+            else:
+                out = self._forward(*args, **kwargs)
+            cache.journal.commit()
+            return out
         except BackendCompilerFailed as error:
             inner = getattr(error, "inner_exception", None)
             if isinstance(inner, SkvError):
                 raise inner from None
+            raise
+        except BaseException:
+            cache.journal.rollback()
             raise
 
     def _refuse(self, model: Any, cache: SphericalCache) -> None:
@@ -112,7 +124,8 @@ class Attachment:
         model = self._model()
         assert model is not None
         assert self._generate is not None
-        generation = kwargs.get("generation_config") or model.generation_config
+        second = args[1] if len(args) > 1 else None
+        generation = kwargs.get("generation_config") or second or model.generation_config
         chosen = kwargs.get("cache_implementation") or generation.cache_implementation
         use_cache = kwargs.get("use_cache", generation.use_cache)
         if kwargs.get("past_key_values") is None and chosen is None and use_cache is not False:
@@ -149,12 +162,7 @@ class Attachment:
         rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         total = -(-total // LENGTH_STEP) * LENGTH_STEP
         old, returned = self._cache, setting("return_dict_in_generate")
-        if (
-            old is not None
-            and not returned
-            and old.max_cache_len == total
-            and old.batch_size == rows
-        ):
+        if old is not None and not returned and _same(old, total, rows, model):
             old.reset()
             return old
         cache = SphericalCache(model.config, total, self.config)
@@ -167,34 +175,61 @@ class Attachment:
         return self._cache
 
 
+class Door:
+    """A model's method that goes through its attachment."""
+
+    def __init__(self, method: Any, original: Any) -> None:
+        functools.update_wrapper(self, original)
+        self._method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UnsupportedError(
+            "a model after skv.compile cannot be copied or pickled: the copy would run the "
+            "original's weights. Copy or save it before skv.compile, or save its state_dict()."
+        )
+
+    def __reduce__(self) -> Any:
+        return self.__deepcopy__(None)
+
+
 def attach(model: Any, config: Config, mode: str | None) -> Any:
     """Let ``model`` use spherical caches; a second call replaces the settings of the first."""
-    before = getattr(model, "_skv", None)
-    if before is not None:
+    if getattr(model, "_skv", None) is not None:
         detach(model)
     attachment = Attachment(model, config, mode)
-
-    @functools.wraps(attachment._forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return attachment.forward(*args, **kwargs)
-
-    model.forward = forward
+    model.forward = Door(attachment.forward, attachment._forward)
     if attachment._generate is not None:
-
-        @functools.wraps(attachment._generate)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            return attachment.generate(*args, **kwargs)
-
-        model.generate = generate
+        model.generate = Door(attachment.generate, attachment._generate)
     model._skv = attachment
     return model
 
 
 def detach(model: Any) -> Any:
     """Undo :func:`attach`."""
+    before = model._skv.before
     for name in ("forward", "generate", "_skv"):
         model.__dict__.pop(name, None)
+    model.__dict__.update(before)
     return model
+
+
+def _compiles(model: Any, kwargs: dict) -> bool:
+    """Whether this forward's attention is the one the pass rewrites."""
+    wanted = kwargs.get("output_attentions") or model.config.output_attentions
+    return model.config._attn_implementation == "sdpa" and not wanted
+
+
+def _same(cache: SphericalCache, total: int, rows: int, model: Any) -> bool:
+    """Whether a cache fits this call, so that its memory and graphs can be used again."""
+    states = cache.states
+    return (
+        (cache.max_cache_len, cache.batch_size) == (total, rows)
+        and bool(states)
+        and (states[0].dtype, states[0].device) == (model.dtype, model.device)
+    )
 
 
 def _shape(model: Any, args: tuple, kwargs: dict) -> tuple[int, int]:
