@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from .indexing import entries, is_full, is_prefix
-from .nodes import same, tensor
+from .nodes import known, tensor
 
 _INDEX_TYPES = (torch.int64, torch.int32)
 
@@ -32,8 +32,11 @@ def slot_entry(index: Any, cache: Node) -> Any:
 
 
 def is_slot_index(index: Any, source: Any) -> bool:
-    """True for an integer tensor with one slot for each of the new tokens."""
+    """True for an integer tensor with one slot for each of the new tokens.
+
+    Two sizes that nothing relates may be equal; if they are not, the write itself fails.
+    """
     slots, new = tensor(index), tensor(source)
     if slots is None or new is None or slots.dim() != 1 or new.dim() != 4:
         return False
-    return slots.dtype in _INDEX_TYPES and same(slots.shape[0], new.shape[2])
+    return slots.dtype in _INDEX_TYPES and not known(slots.shape[0] != new.shape[2])

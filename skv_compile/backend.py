@@ -149,7 +149,7 @@ def _mode_options(mode: str | None) -> dict[str, Any]:
         return {}
     known = torch._inductor.list_mode_options()
     if mode not in known:
-        raise ConfigError(f"mode={mode!r} is not known.{nearest(str(mode), ['default', *known])}")
+        raise ConfigError(f"mode={mode!r} is not known.{nearest(str(mode), list(known))}")
     return dict(known[mode])
 
 
@@ -217,6 +217,11 @@ def _state_for(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState
     if state is not other:
         raise CacheStateError("keys and values of one attention belong to different caches.")
     if state is not None:
+        if state.counter is None and state.config != config:  # a module's own buffer
+            raise ConfigError(
+                f"this buffer already holds a cache made with {state.config}; {config} is asked "
+                "for. Compile a new module, or ask for the same settings."
+            )
         return state
     batch, heads, slots, head_dim = key.shape
     return LayerState(config, batch, heads, head_dim, slots, key.dtype, key.device)
@@ -289,6 +294,11 @@ def _runtime(
 
 def _import(key: Tensor, value: Tensor, state: LayerState) -> None:
     """Store what a dense cache already holds, up to its last slot that is not zero."""
+    if not any(key.stride()) and key.numel() > 1:
+        raise CacheStateError(
+            "this buffer's compressed cache was lost: the module was converted, copied or moved "
+            "after its first compiled step. Do that before, or register new cache buffers."
+        )
     used = (key != 0).any(-1).any(1).any(0) | (value != 0).any(-1).any(1).any(0)
     count = int(used.nonzero().max()) + 1 if used.any() else 0
     if count:

@@ -167,6 +167,10 @@ class SphericalLayer(CacheLayerMixin):
         seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
         if len(seen) > 1 and self.device.type == "cpu":
             self.journal.rollback()
+            raise CacheStateError(
+                "An earlier forward failed halfway. What it had stored has been taken back: the "
+                "cache is as it was before that forward. Run this one again."
+            )
         self.journal.commit()
 
     # ------------------------------------------------------------ the layer protocol
