@@ -112,7 +112,8 @@ class Calibration:
     def __init__(
         self, model: Any, sequences: list[list[int]], configs: list[Config], every_tier: bool
     ) -> None:
-        from skv_compile.cache.spherical import SphericalCache, SphericalLayer
+        from skv_compile.cache.layer import SphericalLayer
+        from skv_compile.cache.spherical import SphericalCache
         from skv_compile.codec.rotary import rotary_plan
 
         self.model, self.sequences = model, sequences

@@ -1,0 +1,295 @@
+"""One compressed layer of a Hugging Face cache: traced, eager, and what is done between steps."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ..codec.rotary import rotary_plan
+from ..codec.saved import SavedFrames
+from ..config import Config
+from ..errors import CacheStateError, CapacityError, UnsupportedError
+from ..lowering.ops import slots
+from . import phantom
+from .journal import Journal
+from .state import LayerState
+from .view import CachedTensor, Pending
+
+
+class SphericalLayer(CacheLayerMixin):
+    """One full-attention layer. ``keys`` and ``values`` are phantoms; the state rides on them."""
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(
+        self,
+        max_cache_len: int,
+        config: Config,
+        index: int,
+        siblings: list[SphericalLayer],
+        journal: Journal,
+        model_config: Any,
+        saved: SavedFrames | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_cache_len, self.config = max_cache_len, config
+        self.index, self.siblings, self.journal = index, siblings, journal
+        self.model_config, self.saved = model_config, saved
+        self.cumulative_length = torch.tensor(0, dtype=torch.int64)
+        self.state: LayerState | None = None
+        self.signature = ""
+        self._guessed = False  # allocated for the shapes of another layer, nothing stored yet
+        self._shape: tuple[int, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return f"cache layer {self.index}"
+
+    # ------------------------------------------------------------ set-up
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the shapes, dtype and device of the first keys and values."""
+        batch, heads, _, head_dim = key_states.shape
+        if value_states.shape[-1] != head_dim or value_states.shape[1] != heads:
+            raise UnsupportedError(
+                f"{self.where}: keys are [{heads} heads, {head_dim}], values "
+                f"[{value_states.shape[1]} heads, {value_states.shape[-1]}]; a compressed layer "
+                "needs equal shapes. Use a dense cache for this model."
+            )
+        budget = self.config.budget_bytes
+        state = LayerState(
+            self.config,
+            batch,
+            heads,
+            head_dim,
+            self.max_cache_len,
+            key_states.dtype,
+            key_states.device,
+            None if budget is None else budget // len(self.siblings),
+            rotary_plan(self.model_config, head_dim),
+            None if self.saved is None else partial(self.saved.layer, self.index),
+        )
+        self._adopt(state)
+
+    def _adopt(self, state: LayerState) -> None:
+        self.state, self.signature = state, state.signature
+        self._guessed, self._shape = False, (state.batch, state.heads, state.layout.head_dim)
+        self.dtype, self.device, self.batch_size = state.dtype, state.device, state.batch
+        self.keys, self.values = phantom.make(state), phantom.make(state)
+        self.cumulative_length = self.cumulative_length.to(state.device)
+        torch._dynamo.mark_static_address(self.cumulative_length)
+        state.counter = self.cumulative_length
+        self.is_initialized = True
+
+    def _fits(self, k: Tensor) -> bool:
+        """Whether there is a state for keys like these, or one that has to refuse them."""
+        if not self.is_initialized:
+            return False
+        return not self._guessed or self._shape == (*k.shape[:2], k.shape[3])
+
+    # ------------------------------------------------------------ the two ways in
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, H, T, D]; return what attention reads.
+
+        Traced, this is the plain spelling of a static cache, which the ``skv`` backend
+        rewrites. Eagerly, the returned tensors answer ``scaled_dot_product_attention``.
+        """
+        tokens = key_states.shape[2]
+        if not torch.compiler.is_compiling():
+            if not self._fits(key_states):
+                self.lazy_initialization(key_states, value_states)
+            return self._eager(key_states, value_states, tokens)
+        if not self._fits(key_states):
+            return _first_update(self, key_states, value_states)
+        differs = self._shape != (*key_states.shape[:2], key_states.shape[3])
+        if differs or (torch.is_grad_enabled() and key_states.requires_grad):
+            return _refuse(self, key_states, value_states)
+        if not _backend_is_ours():
+            return _dense_update(self, key_states, value_states)
+        # Dynamo guards on what it reads: another codec, tier or length is another graph.
+        if self.signature == "":
+            raise CacheStateError("a compressed layer without a state")
+        position = slots(self.cumulative_length, tokens)
+        self.cumulative_length.add_(tokens)
+        self.keys.index_copy_(2, position, key_states)
+        self.values.index_copy_(2, position, value_states)
+        return self.keys, self.values
+
+    def _eager(self, k: Tensor, v: Tensor, tokens: int) -> tuple[CachedTensor, CachedTensor]:
+        state = self.state
+        assert state is not None
+        if self is self.siblings[0]:
+            self._begin()
+        expected = (state.batch, state.heads, tokens, state.layout.head_dim)
+        if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
+            found = f"{list(k.shape)} {k.dtype} on {k.device}"
+            raise CacheStateError(
+                f"{self.where} holds batch {state.batch}, {state.heads} kv heads of dim "
+                f"{state.layout.head_dim}, {state.dtype} on {state.device}, and was given {found}. "
+                "A cache serves one model and one batch: make a new SphericalCache."
+            )
+        seen = int(self.cumulative_length) if tokens > 1 or state.device.type == "cpu" else 0
+        if seen + tokens > self.max_cache_len:
+            self.journal.rollback()
+            raise CapacityError(
+                f"{seen + tokens} tokens do not fit: the cache was made for "
+                f"{self.max_cache_len}. Make it with a larger max_cache_len, or shorten the prompt."
+            )
+        if state.device.type != "cpu" and tokens > 1:
+            state.raise_flags(self.where)
+        self.journal.record(state, tokens)
+        position = torch.arange(tokens, device=k.device) + self.cumulative_length
+        self.cumulative_length.add_(tokens)
+        pending = Pending(state, self.journal, k, v, position, self.where)
+        return (
+            CachedTensor.make(self.keys, pending, 0),
+            CachedTensor.make(self.values, pending, 1),
+        )
+
+    def _begin(self) -> None:
+        """A new forward: the last one stands if it reached every layer, else it is undone."""
+        if self.journal.spoiled:
+            raise CacheStateError(
+                "An earlier forward failed halfway, and the sliding layers of this cache cannot be "
+                "put back. Call cache.reset() and run the prompt again."
+            )
+        seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
+        if len(seen) > 1 and self.device.type == "cpu":
+            self.journal.rollback()
+            raise CacheStateError(
+                "An earlier forward failed halfway. What it had stored has been taken back: the "
+                "cache is as it was before that forward. Run this one again."
+            )
+        self.journal.commit()
+
+    # ------------------------------------------------------------ the layer protocol
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget every token. Memory, addresses and compiled graphs stay."""
+        if self.state is not None:
+            self.state.reset()
+        self.cumulative_length.zero_()
+        self.journal.commit()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens, or keep the first ``tokens_to_remove``."""
+        if self.state is None:
+            return
+        seen = int(self.cumulative_length)
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
+        if remove > seen:
+            raise CacheStateError(f"crop({tokens_to_remove}): the cache has seen {seen} tokens.")
+        if remove == seen:
+            self.reset()
+        elif remove:
+            self.state.crop(remove)
+            self.cumulative_length.sub_(remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            rows = torch.arange(self.state.batch, device=self.state.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is None:
+            return
+        indices = indices.to(self.state.device)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        selected = self.state.select(indices)
+        if selected is not self.state:
+            self._adopt(selected)
+
+    def offload(self) -> None:
+        raise UnsupportedError(
+            "SphericalCache does not offload: a phantom has nothing to move. "
+            "Use fewer bits instead, or a dense cache with offloading."
+        )
+
+    prefetch = offload
+
+    def __repr__(self) -> str:
+        tier = self.state.tier.name if self.state is not None else "not allocated yet"
+        return f"SphericalLayer({tier}, max_cache_len={self.max_cache_len})"
+
+
+@torch._dynamo.assume_constant_result
+def _backend_is_ours() -> bool:
+    """While tracing: is the graph for the ``skv`` backend?
+
+    Where Dynamo does not tell, yes: a graph that is not rewritten raises in ``skv::slots``.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        compiler = InstructionTranslator.current_tx().output.compiler_fn
+    except Exception:
+        return True
+    seen = 0
+    while compiler is not None and seen < 16:
+        if (
+            getattr(compiler, "_skv_backend", False)
+            or getattr(compiler, "compiler_name", "") == "skv"
+        ):
+            return True
+        inner = getattr(compiler, "_torchdynamo_orig_backend", None)
+        inner = inner or getattr(compiler, "compiler_fn", None) or getattr(compiler, "func", None)
+        compiler, seen = inner, seen + 1
+    return False
+
+
+@torch.compiler.disable(
+    reason="a SphericalCache refuses keys of another shape than it holds, and keys that require a "
+    "gradient: give each model and batch its own cache, and call the model under torch.no_grad()"
+)
+def _refuse(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Say at run time, in the words of the eager path, what a traced forward does wrong."""
+    keys, _ = layer._eager(k, v, k.shape[2])
+    return keys._pending.dense()
+
+
+@torch.compiler.disable(
+    reason="a SphericalCache in a graph of another backend works layer by layer, outside the "
+    "graph. Compile with backend='skv', or call skv.compile(model)"
+)
+def _dense_update(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    keys, _ = layer._eager(k, v, k.shape[2])
+    return keys._pending.dense()
+
+
+@torch.compiler.disable(
+    reason="a SphericalCache allocates on its first forward. Call cache.early_initialization(...) "
+    "or skv.compile(model) to have it in one graph from the start"
+)
+def _first_update(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """A first forward that is being compiled: allocate all layers, so that only one is outside."""
+    for other in layer.siblings:
+        if other is layer or not other.is_initialized:
+            other.lazy_initialization(k[:, :, :0], v[:, :, :0])
+            other._guessed = other is not layer
+    keys, _ = layer._eager(k, v, k.shape[2])
+    dense = keys._pending.dense()
+    for tensor in dense:
+        tensor._skv_first_forward = True
+    return dense
