@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
 
 from ..config import HEAD_DIMS, Config
 from ..errors import ConfigError, UnsupportedError
+from ..lowering.codes import decode_radius, encode_radius
+from ..lowering.grid import grid_frame
 from ..lowering.layout import EXACT_DTYPES, Layout
-from ..lowering.rings import BOOKS
+from ..lowering.reference.pages import encode_side, unit_codes
+from ..lowering.rings import BOOKS, ring_frame
 
 #: (digits a coordinate of keys, of values), coarse to fine. Keys need more bits than values.
 GRID_TIERS = ((1, 1), (2, 1), (2, 2))
@@ -30,6 +36,35 @@ class Tier:
     @property
     def rate(self) -> float:
         return self.layout.bits_per_coordinate
+
+    @property
+    def distortion(self) -> tuple[float, float]:
+        """Squared error of coded keys and values over their energy, measured on unit normals.
+
+        In a frame fitted to real keys the error lies where it matters least, and what counts is
+        the KL in ``benchmarks/results/fidelity.json``.
+        """
+        return _distortion(self.layout)
+
+
+@lru_cache(maxsize=64)
+def _distortion(layout: Layout) -> tuple[float, float]:
+    if layout.kind == "exact":
+        return 0.0, 0.0
+    dim, device = layout.head_dim, torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, 2048, dim, generator=generator)
+    found = []
+    for digits, unbiased in ((layout.key_digits, True), (layout.value_digits, False)):
+        if layout.kind == "rings":
+            frame = ring_frame(1, dim, device)
+        else:
+            frame = grid_frame(1, dim, digits, device)
+        packed, radius = encode_side(x, frame, layout, unbiased)
+        radius = decode_radius(encode_radius(radius))[..., None]
+        decoded = (unit_codes(packed, layout) @ frame.out[:, :-1]) * radius
+        found.append(float((decoded - x).square().sum() / x.square().sum()))
+    return found[0], found[1]
 
 
 def tiers(
