@@ -217,7 +217,7 @@ def _state_for(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState
     if state is not other:
         raise CacheStateError("keys and values of one attention belong to different caches.")
     if state is not None:
-        if state.counter is None and state.config != config:  # a module's own buffer
+        if state.adopted and state.config != config:
             raise ConfigError(
                 f"this buffer already holds a cache made with {state.config}; {config} is asked "
                 "for. Compile a new module, or ask for the same settings."
@@ -257,6 +257,7 @@ def _runtime(
         for key, value, state in zip(keys, values, states, strict=True):
             if phantom.state_of(args[key]) is None:
                 own = state.fresh()  # another instance may run the same graph
+                own.adopted = True
                 _import(args[key], args[value], own)
                 phantom.vacate(args[key], own)
                 phantom.vacate(args[value], own)
