@@ -63,9 +63,9 @@ class LayerState:
         if config.frame is not None:  # the frames are there: prompts fit none
             self.tier = replace(self.tier, layout=replace(self.tier.layout, calibrate=0))
         self.layout: Layout = self.tier.layout
-        self.counter: Tensor | None = (
-            None  # a Cache layer's cumulative_length, undone with the rest
-        )
+        self.adopted = False  # stands in the place of a module's own buffer
+        # A Cache layer's cumulative_length, undone with the rest.
+        self.counter: Tensor | None = None
         empty = torch.empty(0, device=device)
         slots = (batch, heads, self.layout.exact_slots, head_dim)
         pages = batch * heads * self.layout.max_pages + 1  # the last is scratch
