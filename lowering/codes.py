@@ -24,6 +24,8 @@ from .layout import DIGIT_BITS, DIGITS_PER_WORD
 RADIUS_STEPS_PER_OCTAVE = 16
 RADIUS_ZERO = 128
 
+STORED = torch.bfloat16  # ``into`` and ``out`` of frames that every layer has of its own
+
 UNBIASED_CAP = 1.3
 
 #: Steps are tried at these multiples for every vector, and the best code kept: a vector with
@@ -53,7 +55,7 @@ class Frame(NamedTuple):
 def stored(frame: Frame) -> Frame:
     """A copy of a frame in the dtypes of a layer's own frames."""
     into, grid, plan, out = frame
-    return Frame(into.to(torch.bfloat16), grid.clone(), plan.clone(), out.to(torch.bfloat16))
+    return Frame(into.to(STORED), grid.clone(), plan.clone(), out.to(STORED))
 
 
 def pack_digits(digits: Tensor) -> Tensor:

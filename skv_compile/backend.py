@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .config import Config, make_config, nearest
 from .errors import CacheStateError, ConfigError, UnsupportedError
 from .patterns import Match, Refusal, Site, match
 from .report import GraphReport, record
-from .rewrite import Rewritten, rewrite
+from .rewrite import rewrite
 from .salt import config_patches
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class SkvBackend:
         if not found.sites:
             _refuse_phantoms(found, example_inputs)
             return self._compile(gm, list(example_inputs), self.config)
-        _refuse_gradients(example_inputs)
+        refuse_gradients(example_inputs)
         done = rewrite(gm, found, states, example_inputs)
         _refuse_phantoms(found, [example_inputs[n] for n in done.kept])
         inner = self._compile(done.module, done.example_inputs, states[0].config)
@@ -107,7 +107,10 @@ class SkvBackend:
         values = [nodes.index(site.value.cache) for site in found.sites]
         lengths = [site.query.meta["example_value"].shape[2] for site in found.sites]
         one_token = all(isinstance(n, int) and n == 1 for n in lengths)
-        return _runtime(inner, done, columns, values, states, 1 if one_token else 1 << 30)
+        tokens = 1 if one_token else 1 << 30
+        # The runtime knows signatures only: a graph must not keep the cache alive that made it.
+        signatures = [state.signature for state in states]
+        return _runtime(inner, done.kept, columns, values, signatures, self.config, tokens)
 
     def _speak_of(self, found: Match) -> None:
         # A sliding layer is bounded, and beside compressed layers a dense one is there by design.
@@ -223,11 +226,17 @@ def _state_for(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState
                 "for. Compile a new module, or ask for the same settings."
             )
         return state
-    batch, heads, slots, head_dim = key.shape
-    return LayerState(config, batch, heads, head_dim, slots, key.dtype, key.device)
+    return _new_state(key, config)
 
 
-def _refuse_gradients(inputs: Sequence[Any]) -> None:
+def _new_state(dense: Tensor, config: Config) -> LayerState:
+    """An empty state for the dense cache buffers like this one, [B, H, S, D]."""
+    batch, heads, slots, head_dim = dense.shape
+    return LayerState(config, batch, heads, head_dim, slots, dense.dtype, dense.device)
+
+
+def refuse_gradients(inputs: Iterable[Any]) -> None:
+    """Raise if one of the tensors would need a gradient now."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise UnsupportedError(
             "A gradient is required, and a compressed cache has none. Call the model under "
@@ -237,26 +246,26 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
 
 def _runtime(
     inner: Callable[..., Any],
-    done: Rewritten,
+    kept: Sequence[int],
     keys: list[int],
     values: list[int],
-    states: list[LayerState],
+    signatures: list[str],
+    config: Config,
     tokens: int,
 ) -> Callable[..., Any]:
     """What Dynamo calls: original inputs in, state tensors looked up on the phantoms.
 
-    ``keys``, ``values``: columns of the sites' caches in the original inputs. ``tokens`` is 1
-    for a graph that decodes one token a row, else more.
+    ``kept``: columns of the original inputs that stay; ``keys``, ``values``: those of the sites'
+    caches; ``config``: of caches made for dense buffers. ``tokens`` is 1 for a graph that decodes
+    one token a row, else more.
     """
-    kept, journal = done.kept, Journal()
-    signatures = [state.signature for state in states]
-    on_cpu = states[0].device.type == "cpu"
+    journal = Journal()
 
     def adopt(args: tuple) -> None:
         """Dense buffers become phantoms; what they hold already is stored first."""
-        for key, value, state in zip(keys, values, states, strict=True):
+        for key, value in zip(keys, values, strict=True):
             if phantom.state_of(args[key]) is None:
-                own = state.fresh()  # another instance may run the same graph
+                own = _new_state(args[key], config)  # every instance that runs this graph has one
                 own.adopted = True
                 _import(args[key], args[value], own)
                 phantom.vacate(args[key], own)
@@ -278,10 +287,8 @@ def _runtime(
                 )
             feed.extend(state.tensors)
             current.append(state)
-        if not on_cpu:
-            return inner(*feed)
         for state in current:
-            journal.record(state, tokens)
+            journal.record(state, tokens)  # nothing to keep on an accelerator
         try:
             out = inner(*feed)
         except BaseException:

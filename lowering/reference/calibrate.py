@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codes import Frame, decode, encode, stored
+from ..codes import STORED, Frame, decode, encode, stored
 from ..grid import STEP, grid_frame
 from ..layout import Layout
 from ..turn import turn
@@ -35,7 +35,6 @@ REGULARISE = 0.1  # share of the isotropic part in the query moment
 #: the plain rotation (fitted to 256 tokens and used on 3,072, they cost four times its KL).
 LONG = 512
 POWER, FLOOR = {True: 0.7, False: 0.5}, {True: 0.1, False: 0.3}
-STORED = torch.bfloat16  # of ``into`` and ``out``, as in ``codes.stored``
 STEP_FACTORS = (0.55, 0.65, 0.75, 0.85, 0.92, 1.0, 1.08, 1.18, 1.3, 1.45, 1.6)
 
 

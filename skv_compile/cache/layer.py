@@ -155,6 +155,11 @@ class SphericalLayer(CacheLayerMixin):
             CachedTensor.make(self.values, pending, 1),
         )
 
+    def dense_update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`update` for code that cannot read codes: dense keys and values."""
+        keys, _ = self._eager(k, v, k.shape[2])
+        return keys._pending.dense()
+
     def _begin(self) -> None:
         """A new forward: the last one stands if it reached every layer, else it is undone."""
         if self.journal.spoiled:
@@ -162,13 +167,14 @@ class SphericalLayer(CacheLayerMixin):
                 "An earlier forward failed halfway, and the sliding layers of this cache cannot be "
                 "put back. Call cache.reset() and run the prompt again."
             )
-        seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
-        if len(seen) > 1 and self.device.type == "cpu":
-            self.journal.rollback()
-            raise CacheStateError(
-                "An earlier forward failed halfway. What it had stored has been taken back: the "
-                "cache is as it was before that forward. Run this one again."
-            )
+        if self.device.type == "cpu":  # elsewhere nothing is journalled, and reading would wait
+            seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
+            if len(seen) > 1:
+                self.journal.rollback()
+                raise CacheStateError(
+                    "An earlier forward failed halfway. What it had stored has been taken back: "
+                    "the cache is as it was before that forward. Run this one again."
+                )
         self.journal.commit()
 
     # ------------------------------------------------------------ the layer protocol
@@ -265,8 +271,7 @@ def _backend_is_ours() -> bool:
 )
 def _refuse(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Say at run time, in the words of the eager path, what a traced forward does wrong."""
-    keys, _ = layer._eager(k, v, k.shape[2])
-    return keys._pending.dense()
+    return layer.dense_update(k, v)
 
 
 @torch.compiler.disable(
@@ -274,8 +279,7 @@ def _refuse(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     "graph. Compile with backend='skv', or call skv.compile(model)"
 )
 def _dense_update(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    keys, _ = layer._eager(k, v, k.shape[2])
-    return keys._pending.dense()
+    return layer.dense_update(k, v)
 
 
 @torch.compiler.disable(
@@ -288,8 +292,7 @@ def _first_update(layer: SphericalLayer, k: Tensor, v: Tensor) -> tuple[Tensor, 
         if other is layer or not other.is_initialized:
             other.lazy_initialization(k[:, :, :0], v[:, :, :0])
             other._guessed = other is not layer
-    keys, _ = layer._eager(k, v, k.shape[2])
-    dense = keys._pending.dense()
+    dense = layer.dense_update(k, v)
     for tensor in dense:
         tensor._skv_first_forward = True
     return dense

@@ -104,10 +104,14 @@ class SphericalCache(Cache):
             raise CacheStateError("the cache has not seen a token yet: run the model first.")
         return sum(rates) / len(rates)
 
-    def summary(self) -> dict[str, Any]:
-        """What is stored where, as plain numbers. Raises what an accelerator flagged."""
+    def raise_flags(self) -> None:
+        """Raise what an accelerator could only flag since the last look."""
         for n, state in enumerate(self.states):
             state.raise_flags(f"compressed layer {n}")
+
+    def summary(self) -> dict[str, Any]:
+        """What is stored where, as plain numbers. Raises what an accelerator flagged."""
+        self.raise_flags()
         first = self.states[0] if self.states else None
         seen = 0 if first is None else int(first.tensors.meta[:, :2].sum(1).max())
         return {

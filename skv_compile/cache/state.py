@@ -182,16 +182,6 @@ class LayerState:
             self.tensors.meta[:, FLAGS] = 0
         raise_flags(flags, where)
 
-    def fresh(self) -> LayerState:
-        """An empty state like this one, with tensors of its own."""
-        copy = LayerState.__new__(LayerState)
-        copy.__dict__.update(self.__dict__, counter=None)
-        shared = 4 if self.layout.calibrate == 0 else len(self.tensors)
-        own = [x.clone() for x in self.tensors[:shared]]
-        copy.tensors = State(*own, *self.tensors[shared:])
-        copy.reset()
-        return copy
-
     def reset(self) -> None:
         """Forget every token, and the frames fitted to them; memory and addresses stay."""
         self.tensors.meta.zero_()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from ..backend import SkvBackend
+from ..backend import SkvBackend, refuse_gradients
 from ..cache.spherical import SphericalCache
 from ..codec.saved import check_model, load_frames
 from ..config import Config
@@ -103,11 +103,7 @@ class Attachment:
                 f"{type(model).__name__} is in training mode; a compressed cache is for inference. "
                 "Call model.eval() first."
             )
-        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
-            raise UnsupportedError(
-                "A gradient is required, and a compressed cache has none. Call the model under "
-                "torch.no_grad() or torch.inference_mode(), or train with a dense cache."
-            )
+        refuse_gradients(model.parameters())
         owner = cache.owner() if cache.owner is not None else None
         if owner is None:
             cache.owner = self._model
@@ -135,8 +131,7 @@ class Attachment:
         out = self._generate(*args, **kwargs)
         cache = kwargs.get("past_key_values")
         if isinstance(cache, SphericalCache):
-            for n, state in enumerate(cache.states):
-                state.raise_flags(f"compressed layer {n}")
+            cache.raise_flags()
         return out
 
     def _cache_for(self, model: Any, generation: Any, args: tuple, kwargs: dict) -> SphericalCache:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -124,3 +126,17 @@ def test_a_compiled_model_takes_a_positional_generation_config_and_is_not_copied
         skv.explain(model)
     with pytest.raises(ConfigError, match="reduce-overhead"):
         skv.compile(tiny("llama"), mode="reduce-overhed")
+
+
+def test_a_compiled_graph_does_not_keep_the_cache_alive_that_it_was_made_with() -> None:
+    model = tiny("llama").requires_grad_(False)
+    ids = torch.randint(1, 64, (1, 40))
+    cache = skv.SphericalCache(model.config, 128, codec="identity")
+    compiled = torch.compile(model, backend="skv", options={"inner": "eager"})
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        compiled(ids[:, :1], past_key_values=cache)
+    state = weakref.ref(cache.states[0])
+    del cache
+    gc.collect()
+    assert state() is None
