@@ -10,7 +10,7 @@ the same kernel whatever its own allocation is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -24,6 +24,10 @@ from .layout import DIGIT_BITS, DIGITS_PER_WORD
 RADIUS_STEPS_PER_OCTAVE = 16
 RADIUS_ZERO = 128
 
+#: What a token is worth, in 8 bits: 0 is nothing, code c > 0 stands for 2 ** ((c - 200) / 5).
+SCORE_STEPS_PER_OCTAVE = 5
+SCORE_ONE = 200
+
 STORED = torch.bfloat16  # ``into`` and ``out`` of frames that every layer has of its own
 
 UNBIASED_CAP = 1.3
@@ -34,28 +38,74 @@ GAINS = (1.0, 0.85, 1.2, 1.5, 2.2)
 
 
 class Frame(NamedTuple):
-    """Where the directions of one layer's keys (or values) are coded.
+    """Where the directions of one layer's keys (or values) are coded, in one tier.
 
     ``into`` [H, D, D]: ``z = (x - m) @ into``.
+    ``back`` [H, D + 1, D]: the inverse of ``into``; the last row is the centre m.
     ``grid`` [H, 3, D]: step (in units of the radius), levels, and weight in the radius fit.
-    ``plan`` [H, 2, N] int32: of digit g, its dimension and its shift in that dimension's code.
-    ``out`` [H, N + 1, D]: digits to vectors, the inverse of all of it; the last row is the
-    centre m.
+    ``plan`` [H, 2, N] uint8: of digit g, its dimension and its shift in that dimension's code.
 
-    ``into`` and ``out`` are float32, or bfloat16 where every layer has its own: ``out`` is
+    ``into`` and ``back`` are float32, or bfloat16 where every layer has its own: ``back`` is
     then the inverse of the rounded ``into``, so that rounding costs next to nothing.
     """
 
     into: Tensor
+    back: Tensor
     grid: Tensor
     plan: Tensor
-    out: Tensor
+
+    @property
+    def centre(self) -> Tensor:
+        """[H, 1, D] float32."""
+        return self.back[:, -1:].float()
+
+    @property
+    def out(self) -> Tensor:
+        """[H, N + 1, D] float32: digits to vectors; the last row is the centre."""
+        back = self.back.float()
+        return torch.cat([self.spread(back[:, :-1].mT).mT, back[:, -1:]], 1)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[..., H, R, D] per dimension -> [..., H, R, N] per digit, times its step and weight.
+
+        ``q @ out[:N].T`` is ``spread(q @ back[:D].T)``, and the product is the same for all tiers.
+        """
+        if self.plan.shape[-1] == 0:  # rings: a dimension is a digit
+            return x
+        dims, shifts = self.plan.long().unbind(1)
+        scale = self.grid[:, 0].gather(1, dims) * torch.exp2(shifts.float())
+        index = dims.unsqueeze(-2).expand(*x.shape[:-1], -1)
+        return x.gather(-1, index) * scale.unsqueeze(-2).to(x.dtype)
 
 
-def stored(frame: Frame) -> Frame:
-    """A copy of a frame in the dtypes of a layer's own frames."""
-    into, grid, plan, out = frame
-    return Frame(into.to(STORED), grid.clone(), plan.clone(), out.to(STORED))
+class Basis(NamedTuple):
+    """The frames of all tiers: one transform, and for each tier its grid and plan.
+
+    ``into``, ``back``: as in a frame. ``grid`` [H, T, 3, D]. ``plan`` [H, 2, sum of N].
+    """
+
+    into: Tensor
+    back: Tensor
+    grid: Tensor
+    plan: Tensor
+
+    def frame(self, tier: int, first: int, digits: int) -> Frame:
+        """The frame of a tier whose ``digits`` digits begin at ``first`` in ``plan``."""
+        plan = self.plan[..., first : first + digits]
+        return Frame(self.into, self.back, self.grid[:, tier], plan)
+
+    @staticmethod
+    def of(frames: Sequence[Frame]) -> Basis:
+        """The basis of frames that share their transform."""
+        grid = torch.stack([frame.grid for frame in frames], 1)
+        plan = torch.cat([frame.plan for frame in frames], -1)
+        return Basis(frames[0].into, frames[0].back, grid, plan)
+
+
+def stored(basis: Basis) -> Basis:
+    """A copy of a basis in the dtypes of a layer's own frames."""
+    into, back, grid, plan = basis
+    return Basis(into.to(STORED), back.to(STORED), grid.clone(), plan.clone())
 
 
 def pack_digits(digits: Tensor) -> Tensor:
@@ -155,7 +205,7 @@ def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
     Returns:
         digits [B, H, n, N] uint8, and radii [B, H, n] float32 before their own coding.
     """
-    z = torch.matmul(x.float() - frame.out[:, -1:], frame.into.float())
+    z = torch.matmul(x.float() - frame.centre, frame.into.float())
     step, levels, weight = (row.unsqueeze(-2) for row in frame.grid.unbind(1))
 
     def quantise(unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,5 +224,17 @@ def encode(x: Tensor, frame: Frame, *, unbiased: bool) -> tuple[Tensor, Tensor]:
 
 def decode(digits: Tensor, radius: Tensor, frame: Frame) -> Tensor:
     """[B, H, n, N] digits and [B, H, n] radii -> [B, H, n, D] float32 vectors."""
-    out = frame.out.float()
+    out = frame.out
     return torch.matmul(digits.float() - 1.5, out[:, :-1]) * radius.unsqueeze(-1) + out[:, -1:]
+
+
+def encode_score(score: Tensor) -> Tensor:
+    """[...] scores >= 0 -> uint8 codes of ``SCORE_STEPS_PER_OCTAVE``; too small is 0."""
+    code = torch.round(torch.log2(score) * SCORE_STEPS_PER_OCTAVE) + SCORE_ONE
+    return torch.where(score > 0, code.clamp(0, 255), torch.zeros_like(code)).to(torch.uint8)
+
+
+def decode_score(code: Tensor) -> Tensor:
+    """uint8 codes -> float32 scores."""
+    score = torch.exp2((code.float() - SCORE_ONE) / SCORE_STEPS_PER_OCTAVE)
+    return torch.where(code > 0, score, torch.zeros_like(score))

@@ -26,8 +26,8 @@ def grid_frame(heads: int, dim: int, digits: int, device: torch.device) -> Frame
     width = torch.bincount(dims, minlength=dim)
     step = torch.tensor([STEP.get(int(n), 1.0) for n in width], dtype=torch.float64)
     shift = 2 * (width[dims] - 1 - place)
-    out = into.T[dims] * (step[dims] * 2.0**shift)[:, None]
-    out = torch.cat([out, torch.zeros(1, dim, dtype=out.dtype)])
+    back = torch.cat([into.T, torch.zeros(1, dim, dtype=into.dtype)])
     grid = torch.stack([step, 4.0**width, torch.ones(dim, dtype=torch.float64)])
-    parts = (into.float(), grid.float(), torch.stack([dims, shift]).int(), out.float())
+    plan = torch.stack([dims, shift]).to(torch.uint8)
+    parts = (into.float(), back.float(), grid.float(), plan)
     return Frame(*(x.expand(heads, *x.shape).contiguous().to(device) for x in parts))

@@ -1,18 +1,24 @@
-"""``skv::append`` and ``skv::attend``: schemas, fakes, and the eager reference behind them.
+"""The ops of a rewritten attention: schemas, fakes, and the eager reference behind them.
 
 ``attend`` reads the state as it was before the forward, plus the forward's own keys and
-values; ``append`` then stores those. In this order no op reads what another has just
-written, so functionalisation never has a reason to copy a pool. ``calibrate`` stands between
-the two where a forward may begin a sequence: it fits the frames that ``append`` codes in.
+values. ``calibrate`` stands where a forward may begin a sequence: it fits the frames that
+tokens are coded in. ``retain`` is the decision what stored tokens are worth: of a forward of one
+token it keeps the query, as evidence for the decisions between steps, and can be captured in a
+CUDA graph; ``retain_many`` hands a longer forward to whoever keeps the pool, which stores what
+the exact window will not hold. ``append`` then stores the rest, in sinks and window. In this
+order no op reads what another has just written, so functionalisation never has a reason to copy
+a cache.
 
 ``skv::slots`` marks, in a traced graph, the positions that a compressed cache is written at.
 The pass replaces it; a graph that reaches its implementation was never rewritten.
-
-``skv::retain``, the decision what stored tokens are worth, will take the same state
-between the two.
 """
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,39 +26,90 @@ from torch import Tensor
 from . import reference
 from .errors import SkvError
 from .layout import Layout
-from .state import State
+from .state import FIRST_FRAME, State
 
-_FRAMES = [
-    f"{side}_{part}" for side in ("key", "value") for part in ("into", "grid", "plan", "out")
-]
-_CONSTANTS = ", ".join(f"Tensor {name}" for name in ("turn", *_FRAMES))
-_STATE = f"Tensor exact_keys, Tensor exact_values, Tensor pool, Tensor meta, {_CONSTANTS}"
-_MUTABLE_STATE = (
-    "Tensor(a!) exact_keys, Tensor(b!) exact_values, Tensor(c!) pool, Tensor(d!) meta, "
-    + _CONSTANTS
-)
+_BASIS = ("into", "back", "grid", "plan")
+_FRAMES = [f"{side}_{part}" for side in ("key", "value") for part in _BASIS] + ["loss"]
+_EXACT = ("exact_keys", "exact_values", "queries", "meta")
+_REST = ("pool", "info", "table", "turn", *_FRAMES)
+assert (*_EXACT, *_REST) == State._fields
+
+
+def _mutable(names: Sequence[str], first: str = "a") -> str:
+    return ", ".join(f"Tensor({chr(ord(first) + n)}!) {name}" for n, name in enumerate(names))
+
+
+_STATE = ", ".join(f"Tensor {name}" for name in State._fields)
 
 ATTEND_SCHEMA = (
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor position, "
     f"{_STATE}, bool causal, float scale, str layout) -> Tensor"
 )
-APPEND_SCHEMA = (
-    f"append(Tensor k, Tensor v, Tensor? mask, Tensor position, {_MUTABLE_STATE}, str layout) -> ()"
+RETAIN_SCHEMA = (
+    "retain(Tensor q, Tensor position, Tensor(a!) queries, Tensor meta, str layout) -> ()"
 )
-
+RETAIN_MANY_SCHEMA = (
+    "retain_many(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor position, "
+    f"{_mutable(_EXACT)}, {', '.join(f'Tensor {name}' for name in _REST)}, "
+    "float scale, int site) -> ()"
+)
+APPEND_SCHEMA = (
+    f"append(Tensor k, Tensor v, Tensor? mask, Tensor position, {_mutable(_EXACT)}, "
+    "str layout) -> ()"
+)
 CALIBRATE_SCHEMA = (
     "calibrate(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor position, Tensor turn, "
-    + ", ".join(f"Tensor({'abcdefgh'[n]}!) {name}" for n, name in enumerate(_FRAMES))
-    + ", str layout) -> ()"
+    f"{_mutable(_FRAMES)}, str layout) -> ()"
 )
 
 # Library.define/impl instead of custom_op: 1 us a call instead of 15, twice a layer.
 _lib = torch.library.Library("skv", "DEF")
 _lib.define("slots(Tensor start, int tokens) -> Tensor")
 _lib.define(ATTEND_SCHEMA)
+_lib.define(RETAIN_SCHEMA)
 _lib.define(APPEND_SCHEMA)
-# An eigendecomposition waits for the device: graphs that calibrate are replayed without capture.
+# An eigendecomposition, and a pool's decisions, wait for the device: graphs that have them are
+# replayed without capture.
 _lib.define(CALIBRATE_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,))
+_lib.define(RETAIN_MANY_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,))
+
+
+class Keeping(Protocol):
+    """A layer that takes tokens over (``LayerState.retain``)."""
+
+    def retain(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        position: Tensor,
+        scale: float,
+        state: State | None = None,
+    ) -> None: ...
+
+
+class _Running(threading.local):
+    """The layers of the graphs that this thread is running, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Sequence[Keeping]] = []
+
+
+_running = _Running()
+
+
+@contextmanager
+def running(layers: Sequence[Keeping]) -> Iterator[None]:
+    """While a graph runs: the layers behind its sites, in order, for ``retain_many``.
+
+    Pages belong to all layers together, so they are no argument that a graph could own.
+    """
+    _running.stack.append(layers)
+    try:
+        yield
+    finally:
+        _running.stack.pop()
 
 
 def _attend(q, k, v, mask, position, *rest) -> Tensor:
@@ -62,9 +119,19 @@ def _attend(q, k, v, mask, position, *rest) -> Tensor:
     )
 
 
-def _append(k, v, mask, position, *rest) -> None:
-    *state, layout = rest
-    reference.append(k, v, mask, position, State(*state), Layout.parse(layout))
+def _retain(q, position, queries, meta, layout) -> None:
+    reference.retain(q, position, queries, meta, Layout.parse(layout))
+
+
+def _retain_many(q, k, v, mask, position, *rest) -> None:
+    *state, scale, site = rest
+    if not _running.stack:
+        raise SkvError("a graph with a compressed cache was run without the backend that made it.")
+    _running.stack[-1][site].retain(q, k, v, mask, position, scale, State(*state))
+
+
+def _append(k, v, mask, position, exact_keys, exact_values, queries, meta, layout) -> None:
+    reference.append(k, v, mask, position, exact_keys, exact_values, meta, Layout.parse(layout))
 
 
 def _calibrate(q, k, v, mask, position, turn, *rest) -> None:
@@ -80,10 +147,22 @@ def _slots(start: Tensor, tokens: int) -> Tensor:
     )
 
 
-_lib.impl("slots", _slots, "CompositeExplicitAutograd")
-_lib.impl("attend", _attend, "CompositeExplicitAutograd")
-_lib.impl("append", _append, "CompositeExplicitAutograd")
-_lib.impl("calibrate", _calibrate, "CompositeExplicitAutograd")
+def _nothing(*args: Any) -> None:
+    """The fake of an op that only writes."""
+
+
+_IMPLEMENTATIONS = {
+    "slots": _slots,
+    "attend": _attend,
+    "retain": _retain,
+    "retain_many": _retain_many,
+    "append": _append,
+    "calibrate": _calibrate,
+}
+for _name, _function in _IMPLEMENTATIONS.items():
+    _lib.impl(_name, _function, "CompositeExplicitAutograd")
+    if _name not in ("slots", "attend"):
+        torch.library.register_fake(f"skv::{_name}", _nothing, lib=_lib)
 
 
 @torch.library.register_fake("skv::slots", lib=_lib)
@@ -96,19 +175,20 @@ def _attend_fake(q, k, v, mask, position, *rest) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("skv::append", lib=_lib)
-def _append_fake(k, v, mask, position, *rest) -> None:
-    return None
-
-
 slots = torch.ops.skv.slots.default
-
-
-@torch.library.register_fake("skv::calibrate", lib=_lib)
-def _calibrate_fake(q, k, v, mask, position, turn, *rest) -> None:
-    return None
-
-
-calibrate = torch.ops.skv.calibrate.default
 attend = torch.ops.skv.attend.default
+retain = torch.ops.skv.retain.default
+retain_many = torch.ops.skv.retain_many.default
 append = torch.ops.skv.append.default
+calibrate = torch.ops.skv.calibrate.default
+
+__all__ = [
+    "FIRST_FRAME",
+    "append",
+    "attend",
+    "calibrate",
+    "retain",
+    "retain_many",
+    "running",
+    "slots",
+]

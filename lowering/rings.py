@@ -61,8 +61,8 @@ def _tables(digits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, 
 def ring_frame(heads: int, dim: int, device: torch.device) -> Frame:
     """The frame of ring codes: a Hadamard rotation without centre."""
     into = rotation(dim).float()
-    out = torch.cat([into.T, torch.zeros(1, dim)])
-    parts = (into, torch.ones(3, dim), torch.zeros(2, 0, dtype=torch.int32), out)
+    back = torch.cat([into.T, torch.zeros(1, dim)])
+    parts = (into, back, torch.ones(3, dim), torch.zeros(2, 0, dtype=torch.uint8))
     return Frame(*(x.expand(heads, *x.shape).contiguous().to(device) for x in parts))
 
 
@@ -71,7 +71,7 @@ def encode_rings(x: Tensor, frame: Frame, digits: int, *, unbiased: bool) -> tup
 
     ``digits``: 2, 3 or 4 digits a cell, for 16, 64 or 256 cells.
     """
-    z = torch.matmul(x.float() - frame.out[:, -1:], frame.into)
+    z = torch.matmul(x.float() - frame.centre, frame.into)
     points, edges, counts, offsets = _tables(digits, x.device)
 
     def quantise(unit: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Tokens of a row are numbered from its first token that is not left padding.
 Token t sits in a sink (t < sinks), else in the ring or in a page by
-``i = t - sinks``: pages hold ``i < pages * P``, the ring the rest, at ``i % ring``.
+``i = t - sinks``: pages hold ``i < coded``, as far as it is kept, the ring the rest, at
+``i % ring``.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .codes import Frame
+from .codes import Basis, Frame
 from .errors import CacheStateError
 from .layout import Layout
 
 # Columns of ``meta`` [B, 4] int64
-PAD, LENGTH, PAGES, FLAGS = range(4)
+PAD, LENGTH, CODED, FLAGS = range(4)
+
+# Columns of ``info`` [pages, 2] int32. A page's token at slot 0 has ``i`` = BASE, or, where it
+# is tracked, BASE + its gap. KIND is ``tier * PER_TIER + slots in use``.
+BASE, KIND = range(2)
+PER_TIER = 1 << 16
 
 # Bits of ``meta[:, FLAGS]``, set where no exception can be raised (CUDA) and read between steps
 FLAG_NONFINITE, FLAG_POSITION, FLAG_FULL = 1, 2, 4
@@ -33,34 +39,54 @@ class State(NamedTuple):
     """The tensors of one layer, in the order the ops take them.
 
     ``exact_keys``, ``exact_values`` [B, H, sinks + ring, D]: sinks, then the ring.
-    ``pool`` [B * H * max_pages + 1, page_bytes] uint8: page n of (b, h) at
-    ``(b * H + h) * max_pages + n``; the last page is scratch, written when nothing is due.
-    ``meta`` [B, 4] int64: left padding, tokens, full pages, error flags.
+    ``queries`` [B, Hq, observed, D]: of the tokens in the ring, as far as they are kept.
+    ``meta`` [B, 4] int64: left padding, tokens, tokens that have left the ring, error flags.
+    ``pool`` [pages, page_bytes] uint8 and ``info`` [pages, 2] int32: pages of all layers.
+    ``table`` [B, H, max_pages] int32: which are whose, in the order of their tokens within a
+    tier; -1 is none.
     ``turn`` [2, D]: plan of the rotary turn, empty where the layout has no blocks.
-    The frame tensors are constant while tokens are stored (empty for an exact layout).
+    The frame tensors (``codes.Basis``) are constant while tokens are stored (empty for an exact
+    layout); ``loss`` [H, 2, tiers] is what coding in them loses (``calibrate.fit_frames``).
     """
 
     exact_keys: Tensor
     exact_values: Tensor
-    pool: Tensor
+    queries: Tensor
     meta: Tensor
+    pool: Tensor
+    info: Tensor
+    table: Tensor
     turn: Tensor
     key_into: Tensor
+    key_back: Tensor
     key_grid: Tensor
     key_plan: Tensor
-    key_out: Tensor
     value_into: Tensor
+    value_back: Tensor
     value_grid: Tensor
     value_plan: Tensor
-    value_out: Tensor
+    loss: Tensor
 
     @property
-    def key_frame(self) -> Frame:
-        return Frame(self.key_into, self.key_grid, self.key_plan, self.key_out)
+    def key_basis(self) -> Basis:
+        return Basis(self.key_into, self.key_back, self.key_grid, self.key_plan)
 
     @property
-    def value_frame(self) -> Frame:
-        return Frame(self.value_into, self.value_grid, self.value_plan, self.value_out)
+    def value_basis(self) -> Basis:
+        return Basis(self.value_into, self.value_back, self.value_grid, self.value_plan)
+
+    def frames(self, layout: Layout, tier: int) -> tuple[Frame, Frame]:
+        """The key and the value frame of a tier."""
+        first, digits = layout.digits_before(tier), layout.tiers[tier]
+        if layout.kind == "rings":
+            first, digits = type(first)(0, 0), type(digits)(0, 0)
+        return (
+            self.key_basis.frame(tier, first.key, digits.key),
+            self.value_basis.frame(tier, first.value, digits.value),
+        )
+
+
+FIRST_FRAME = State._fields.index("key_into")
 
 
 def ring_tokens(meta: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -71,15 +97,7 @@ def ring_tokens(meta: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     slots = torch.arange(layout.ring, device=meta.device)
     count = (meta[:, LENGTH] - layout.sinks).clamp(min=0)[:, None]
     i = count - 1 - (count - 1 - slots) % layout.ring
-    first = meta[:, PAGES, None] * layout.page_tokens
-    return i, (i >= first) & (i >= 0)
-
-
-def page_ids(batch: int, heads: int, max_pages: int, first: Tensor, count: int) -> Tensor:
-    """[B] first pages -> pool rows [B, H, count] of the ``count`` pages from there."""
-    rows = torch.arange(batch * heads, device=first.device).view(batch, heads, 1)
-    steps = torch.arange(count, device=first.device)
-    return rows * max_pages + (first[:, None, None] + steps)
+    return i, (i >= meta[:, CODED, None]) & (i >= 0)
 
 
 def describe_flags(flags: int) -> str:

@@ -50,8 +50,8 @@ def _plan(speeds: Tensor, first: Tensor, second: Tensor, dim: int) -> Tensor:
     return plan
 
 
-def block_start(page: Tensor, layout: Layout) -> Tensor:
-    """Token at which the block of each page begins, 0 where pages are not turned."""
+def block_start(i: Tensor, layout: Layout) -> Tensor:
+    """Token at which the block of each coded token i begins, 0 where keys are not turned."""
     if layout.block == 0:
-        return torch.zeros_like(page)
-    return page * layout.page_tokens // layout.block * layout.block + layout.sinks
+        return torch.zeros_like(i)
+    return i // layout.block * layout.block + layout.sinks

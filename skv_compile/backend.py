@@ -18,12 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from .cache import phantom
+from .cache.home import make_keeper
 from .cache.journal import Journal
 from .cache.state import LayerState
 from .config import Config, make_config, nearest
 from .errors import CacheStateError, ConfigError, UnsupportedError
+from .lowering import ops
 from .patterns import Match, Refusal, Site, match
 from .report import GraphReport, record
+from .retention.keeper import Keeper
 from .rewrite import rewrite
 from .salt import config_patches
 
@@ -93,7 +96,7 @@ class SkvBackend:
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         inputs = dict(zip(nodes, example_inputs, strict=True))
         found = _without_first_forward(_leave_foreign(found, inputs), inputs)
-        states = [_state_for(site, inputs, self.config) for site in found.sites]
+        states = _states_for(found.sites, inputs, self.config)
         record(GraphReport.of(found, states))
         self._speak_of(found)
         if not found.sites:
@@ -110,7 +113,8 @@ class SkvBackend:
         tokens = 1 if one_token else 1 << 30
         # The runtime knows signatures only: a graph must not keep the cache alive that made it.
         signatures = [state.signature for state in states]
-        return _runtime(inner, done.kept, columns, values, signatures, self.config, tokens)
+        groups = [state.group for state in states]
+        return _runtime(inner, done.kept, columns, values, signatures, groups, self.config, tokens)
 
     def _speak_of(self, found: Match) -> None:
         # A sliding layer is bounded, and beside compressed layers a dense one is there by design.
@@ -208,8 +212,17 @@ def _name(source: Any) -> str:
     return name() if callable(name) else str(name)
 
 
-def _state_for(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState:
-    """The state behind a site: that of its phantom, or a new one for a dense buffer."""
+def _states_for(sites: Sequence[Site], inputs: dict[Any, Any], config: Config) -> list[LayerState]:
+    """The states behind sites: those of their phantoms, or new ones for dense buffers."""
+    states = [_state_of(site, inputs, config) for site in sites]
+    dense = [site for site, state in zip(sites, states, strict=True) if state is None]
+    groups = [site.group_size for site in dense]
+    made = iter(_new_states([inputs[site.key.cache] for site in dense], groups, config))
+    return [next(made) if state is None else state for state in states]
+
+
+def _state_of(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState | None:
+    """The state that rides on a site's phantom, None for a dense buffer."""
     key, value = inputs[site.key.cache], inputs[site.value.cache]
     if isinstance(key, FakeTensor):
         raise UnsupportedError(
@@ -219,20 +232,33 @@ def _state_for(site: Site, inputs: dict[Any, Any], config: Config) -> LayerState
     state, other = phantom.state_of(key), phantom.state_of(value)
     if state is not other:
         raise CacheStateError("keys and values of one attention belong to different caches.")
-    if state is not None:
-        if state.adopted and state.config != config:
-            raise ConfigError(
-                f"this buffer already holds a cache made with {state.config}; {config} is asked "
-                "for. Compile a new module, or ask for the same settings."
-            )
-        return state
-    return _new_state(key, config)
+    if state is not None and state.adopted and state.config != config:
+        raise ConfigError(
+            f"this buffer already holds a cache made with {state.config}; {config} is asked "
+            "for. Compile a new module, or ask for the same settings."
+        )
+    return state
 
 
-def _new_state(dense: Tensor, config: Config) -> LayerState:
-    """An empty state for the dense cache buffers like this one, [B, H, S, D]."""
-    batch, heads, slots, head_dim = dense.shape
-    return LayerState(config, batch, heads, head_dim, slots, dense.dtype, dense.device)
+def _new_states(dense: Sequence[Tensor], groups: Sequence[int], config: Config) -> list[LayerState]:
+    """Empty states for dense cache buffers [B, H, S, D]; equal ones share a pool and its budget.
+
+    ``groups``: query heads of a kv head, of each.
+    """
+    kinds = [
+        (tuple(x.shape), x.dtype, x.device, group) for x, group in zip(dense, groups, strict=True)
+    ]
+    keepers: dict[Any, Keeper] = {}
+    states = []
+    for kind in kinds:
+        (batch, heads, slots, head_dim), dtype, device, group = kind
+        shape = (batch, heads, head_dim, slots, dtype, device)
+        if kind not in keepers:
+            budget, count = config.budget_bytes, kinds.count(kind)
+            part = None if budget is None else budget * count // len(kinds)
+            keepers[kind] = make_keeper(config, count, *shape, group, part, False)
+        states.append(LayerState(config, *shape, group=group, keeper=keepers[kind]))
+    return states
 
 
 def refuse_gradients(inputs: Iterable[Any]) -> None:
@@ -250,22 +276,26 @@ def _runtime(
     keys: list[int],
     values: list[int],
     signatures: list[str],
+    groups: list[int],
     config: Config,
     tokens: int,
 ) -> Callable[..., Any]:
     """What Dynamo calls: original inputs in, state tensors looked up on the phantoms.
 
     ``kept``: columns of the original inputs that stay; ``keys``, ``values``: those of the sites'
-    caches; ``config``: of caches made for dense buffers. ``tokens`` is 1 for a graph that decodes
-    one token a row, else more.
+    caches, ``groups`` their query heads a kv head; ``config``: of caches for dense buffers.
+    ``tokens`` is 1 for a graph that decodes one token a row, else more.
     """
     journal = Journal()
 
     def adopt(args: tuple) -> None:
         """Dense buffers become phantoms; what they hold already is stored first."""
-        for key, value in zip(keys, values, strict=True):
+        pairs = [n for n, key in enumerate(keys) if phantom.state_of(args[key]) is None]
+        # Every instance that runs this graph has states of its own.
+        made = _new_states([args[keys[n]] for n in pairs], [groups[n] for n in pairs], config)
+        for n, own in zip(pairs, made, strict=True):
+            key, value = keys[n], values[n]
             if phantom.state_of(args[key]) is None:
-                own = _new_state(args[key], config)  # every instance that runs this graph has one
                 own.adopted = True
                 _import(args[key], args[value], own)
                 phantom.vacate(args[key], own)
@@ -287,10 +317,13 @@ def _runtime(
                 )
             feed.extend(state.tensors)
             current.append(state)
+        for keeper in {id(state.keeper): state.keeper for state in current}.values():
+            keeper.tick(tokens)
         for state in current:
             journal.record(state, tokens)  # nothing to keep on an accelerator
         try:
-            out = inner(*feed)
+            with ops.running(current):
+                out = inner(*feed)
         except BaseException:
             journal.rollback()
             raise
@@ -311,4 +344,9 @@ def _import(key: Tensor, value: Tensor, state: LayerState) -> None:
     count = int(used.nonzero().max()) + 1 if used.any() else 0
     if count:
         position = torch.arange(count, device=key.device)
-        state.append(key[:, :, :count], value[:, :, :count], None, position)
+        held = key[:, :, :count], value[:, :, :count], None, position
+        if count > 1:  # nobody knows who asked: every token is worth the same
+            batch, heads, _, dim = key.shape
+            q = key.new_zeros(batch, heads * state.group, count, dim)
+            state.retain(q, *held, dim**-0.5)
+        state.append(*held)

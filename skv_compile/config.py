@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import ConfigError
+from .retention.policies import POLICIES
 
 CODECS = ("frame", "grid", "rings", "identity")
-POLICIES = ("none",)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 
@@ -38,8 +38,9 @@ class Config:
 
     bits: float = _doc(
         4.125,
-        "Bits per coordinate of the compressed region, every stored bit counted. The largest "
-        "tier that fits is taken; sinks and the recent window come on top.",
+        "Bits per coordinate of the compressed region, every stored bit counted, dropped tokens "
+        "among the coordinates. With retention='none' the largest tier that fits is taken. Sinks, "
+        "recent window and frames come on top.",
     )
     codec: str = _doc(
         "frame",
@@ -47,14 +48,23 @@ class Config:
         "fixed rotation and grid, no calibration; 'rings': the same rotation, pairs of coordinates "
         "as ring and angle; 'identity': exact.",
     )
-    retention: str = _doc("none", f"Which tokens are kept: {', '.join(POLICIES)}.")
+    retention: str = _doc(
+        "",
+        f"Which tokens are kept, and in which tier: {', '.join(POLICIES)}. Default: rdr, and none "
+        "with codec='identity'.",
+    )
     sinks: int = _doc(4, "First tokens of a sequence that stay exact.")
     recent: int = _doc(64, "Last tokens that stay exact.")
-    page_tokens: int = _doc(64, "Tokens in a page; old tokens are encoded a page at a time.")
+    page_tokens: int | None = _doc(
+        None,
+        "Tokens in a page of the middle tier. Default: 64; with a retention policy 16 up to 8,192 "
+        "tokens of cache, 32 up to 32,768, else 64.",
+    )
     budget: int | str | None = _doc(
         None,
-        "Most bytes the whole cache may take, sinks and window included ('2GiB', '500MB' or a "
-        "number); the finest tier within it is taken, and never more than `bits`.",
+        "Most bytes the whole cache may take, sinks, window and frames included ('2GiB', '500MB' "
+        "or a number). A retention policy fills it, whatever `bits` says; with retention='none' the "
+        "finest tier within it is taken, and never more than `bits`.",
     )
     frame: str | None = _doc(
         None,
@@ -68,12 +78,17 @@ class Config:
 
     def __post_init__(self) -> None:
         _choice("codec", self.codec, CODECS)
-        _choice("retention", self.retention, POLICIES)
+        if self.retention == "":
+            default = "none" if self.codec == "identity" else "rdr"
+            object.__setattr__(self, "retention", default)
+        _choice("retention", self.retention, tuple(POLICIES))
         for name, low in (("sinks", 0), ("recent", 1), ("page_tokens", 8)):
             value = getattr(self, name)
+            if name == "page_tokens" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {low}.")
-        if self.page_tokens % 8:
+        if self.page_tokens is not None and self.page_tokens % 8:
             raise ConfigError(f"page_tokens={self.page_tokens}: expected a multiple of 8.")
         if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)):
             raise ConfigError(f"bits={self.bits!r}: expected a number of bits per coordinate.")

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .cache.state import LayerState
+from .codec.tiers import tier_names
 from .patterns import Match
 
 
@@ -30,6 +31,8 @@ class SiteReport:
     max_tokens: int = 0
     tier: str = ""
     bits_per_coordinate: float = 0.0
+    retention: str = ""
+    """The policy that decides at this cache update what stays, and how well."""
     dense_bytes: int = 0
     resident_bytes: int = 0
 
@@ -55,8 +58,9 @@ class GraphReport:
                 kv_heads=state.heads,
                 head_dim=state.layout.head_dim,
                 max_tokens=state.layout.max_tokens,
-                tier=state.tier.name,
-                bits_per_coordinate=state.tier.rate,
+                tier=tier_names(state.layout),
+                bits_per_coordinate=rate_of(state),
+                retention=state.config.retention,
                 dense_bytes=state.dense_bytes,
                 resident_bytes=state.resident_bytes,
             )
@@ -113,11 +117,21 @@ class Report:
                 lines.append(
                     f"  {n:3d} rewritten  {where}  [{site.write}, gqa {site.gqa}]  "
                     f"{site.heads}/{site.kv_heads} heads of {site.head_dim}, "
-                    f"{site.tier} at {site.bits_per_coordinate:.4g} bits"
+                    f"{site.tier} at {site.bits_per_coordinate:.4g} bits, "
+                    f"retain {site.retention}"
                 )
             else:
                 lines.append(f"  {n:3d} NOT        {where}  ({site.code}) {site.reason}")
         return "\n".join(lines)
+
+
+def rate_of(state: LayerState) -> float:
+    """Bits per coordinate that a layer's tokens are given."""
+    rule, layout = state.keeper.rule, state.layout
+    if not layout.tracked:
+        return layout.rate(0)
+    coordinates = max(1, 2 * layout.head_dim * rule.groups * layout.max_coded)
+    return rule.bits if rule.bits is not None else 8 * state.keeper.pool.bytes / coordinates
 
 
 _listeners: list[Callable[[GraphReport], None]] = []

@@ -1,7 +1,7 @@
 """A Dynamo graph with attention sites -> the same graph on compressed state.
 
-Each site becomes ``skv::attend`` and ``skv::append``; the placeholders of its dense cache
-give way to the tensors of its state.
+Each site becomes ``skv::attend``, ``skv::retain`` and ``skv::append``; the placeholders of its
+dense cache give way to the tensors of its state.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def rewrite(
             nodes.append(node)
             fakes.append(fake)
             anchor = node
-        _replace(graph, site, new, nodes, state)
+        _replace(graph, site, new, nodes, state, len(fakes) // len(State._fields) - 1)
     _plain_slots(graph, match, new)
     kept = []
     caches = {new[write.cache] for site in match.sites for write in (site.key, site.value)}
@@ -116,7 +116,12 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _replace(
-    graph: Graph, site: Site, new: dict[Node, Node], nodes: list[Node], state: LayerState
+    graph: Graph,
+    site: Site,
+    new: dict[Node, Node],
+    nodes: list[Node],
+    state: LayerState,
+    number: int,
 ) -> None:
     attention = new[site.attention]
     key, value = new[site.key.source], new[site.value.source]
@@ -146,12 +151,20 @@ def _replace(
         )
         tokens = site.query.meta["example_value"].shape[2]
         if layout.calibrate and not (isinstance(tokens, int) and tokens < layout.calibrate):
-            turn_and_frames = nodes[4:]
+            turn_and_frames = nodes[State._fields.index("turn") :]
             graph.call_function(
                 ops.calibrate,
                 (new[site.query], key, value, mask, position, *turn_and_frames, layout.key),
             )
-        graph.call_function(ops.append, (key, value, mask, position, *nodes, layout.key))
+        query, exact = new[site.query], nodes[:4]
+        if not isinstance(tokens, int) or tokens > 1:
+            graph.call_function(
+                ops.retain_many,
+                (query, key, value, mask, position, *nodes, scale, number),
+            )
+        elif layout.observed:
+            graph.call_function(ops.retain, (query, position, *exact[2:], layout.key))
+        graph.call_function(ops.append, (key, value, mask, position, *exact, layout.key))
     attend.meta = {k: v for k, v in attention.meta.items() if k != "val"}
     attention.replace_all_uses_with(attend)
     for node in (attention, *(new[n] for n in site.views)):

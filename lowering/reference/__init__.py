@@ -3,6 +3,6 @@
 from .append import append
 from .attend import attend
 from .calibrate import calibrate
-from .pages import decode_pages, encode_pages, page_field
+from .retain import retain
 
-__all__ = ["append", "attend", "calibrate", "decode_pages", "encode_pages", "page_field"]
+__all__ = ["append", "attend", "calibrate", "retain"]

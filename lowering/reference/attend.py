@@ -5,18 +5,21 @@ As in ``append``, no value is read on an accelerator.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .. import codes
 from ..errors import SkvError
 from ..layout import Layout
-from ..state import LENGTH, PAD, PAGES, State, page_ids, ring_tokens
+from ..state import BASE, CODED, KIND, LENGTH, PAD, PER_TIER, State, ring_tokens
 from ..turn import block_start, turn
-from .masks import apply_mask
-from .pages import decode_pages, page_field, unit_codes
+from .masks import apply_mask, mask_at
+from .pages import Records, decode_records, page_records, page_tokens, unit_codes
 
-PAGES_PER_CHUNK = 32  # bounds the dense working set of the reference
+PAGES_PER_CHUNK = 64  # bounds the dense working set of the reference
+ROWS_FROM_CODES = 16  # more queries than these read turned keys
 
 
 class _Softmax:
@@ -51,20 +54,69 @@ class _Softmax:
 
 
 def code_logits(
-    rows: Tensor, pages: Tensor, numbers: Tensor, state: State, layout: Layout
+    rows: Tensor, records: Records, i: Tensor, state: State, layout: Layout, tier: int
 ) -> Tensor:
-    """Logits [B, H, R, n * P] of queries [B, H, R, D] against the codes of pages number [n]."""
-    batch, heads, _, _ = rows.shape
-    queries = rows.unsqueeze(2)
+    """Logits [B, H, R, n] of queries [B, H, R, D] against codes (fields [B, H, n, w]) of tokens i.
+
+    The queries are turned by every block that a token is of, and go through the transform once
+    for all tiers; what is left is one product of digits for each token.
+    """
+    frame = state.frames(layout, tier)[0]
+    blocks = i // layout.block if layout.block else torch.zeros_like(i)
+    first, last = 0, (layout.max_coded - 1) // layout.block if layout.block else 0
+    if not rows.is_cuda:
+        first, last = int(blocks.min()), int(blocks.max())
+    queries = rows.unsqueeze(2)  # [B, H, blocks or 1, R, D]
     if layout.block:
-        by = -block_start(numbers, layout)
+        number = torch.arange(first, last + 1, device=rows.device)
+        by = -block_start(number * layout.block, layout)
         queries = turn(queries, by[:, None], state.turn)
-    through = queries @ state.key_out.to(rows.dtype).mT.unsqueeze(1)  # [B, H, n or 1, R, N + 1]
-    shape = (batch, heads, len(numbers), layout.page_tokens, -1)
-    digits = unit_codes(page_field(pages, layout, "key_digits"), layout).view(shape)
-    radius = codes.decode_radius(page_field(pages, layout, "key_radius")).view(shape)
-    logits = (through[..., :-1] @ digits.to(rows.dtype).mT) * radius.to(rows.dtype).mT
-    return (logits + through[..., -1:]).transpose(2, 3).flatten(3)
+    back = frame.back.to(rows.dtype)
+    through = queries @ back.mT.unsqueeze(1)
+    spread = frame.spread(through[..., :-1].transpose(1, 2)).transpose(1, 2)
+    page_term = through[..., -1]  # [B, H, blocks, R]
+    digits = unit_codes(records["key_digits"], layout, tier).to(rows.dtype)
+    radius = codes.decode_radius(records["key_radius"]).to(rows.dtype)
+    at = (blocks - first).clamp(0, last - first)[..., None]
+    if spread.shape[2] == 1:
+        logits = digits @ spread[:, :, 0].mT
+        page = page_term.expand(-1, -1, digits.shape[2], -1)
+    else:
+        width = spread.shape[-1] * spread.shape[-2]
+        own = (
+            spread.flatten(3)
+            .gather(2, at.expand(-1, -1, -1, width))
+            .unflatten(-1, spread.shape[3:])
+        )
+        logits = (own @ digits.unsqueeze(-1)).squeeze(-1)
+        page = page_term.gather(2, at.expand(-1, -1, -1, page_term.shape[-1]))
+    return (logits * radius + page).mT
+
+
+def pages_by_tier(
+    state: State, layout: Layout, coded: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Of every tier, pool rows [B, H, n] of its pages, and which of them are there [B, H, n].
+
+    Pages that begin at ``coded`` [B] or later are not.
+
+    On the CPU tiers and chunks that nobody uses are left out.
+    """
+    used = state.table >= 0
+    ids = torch.where(used, state.table, 0).long()
+    info = state.info[ids]
+    used = used & (info[..., BASE] < coded[:, None, None])
+    tier_of = info[..., KIND] // PER_TIER
+    for tier in range(len(layout.tiers)):
+        own = used & (tier_of == tier)
+        most = layout.max_pages
+        if not own.is_cuda:
+            most = int(own.sum(-1).max()) if own.numel() else 0
+        order = (~own).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+        sorted_ids, there = ids.gather(-1, order), own.gather(-1, order)
+        for first in range(0, most, PAGES_PER_CHUNK):
+            part = slice(first, first + PAGES_PER_CHUNK)
+            yield tier, sorted_ids[..., part], there[..., part]
 
 
 def attend(
@@ -107,58 +159,55 @@ def attend(
     # A forward that starts at slot 0 starts a new sequence; one that rewinds forgets the rest.
     pad = torch.where(position[0] == 0, 0, meta[:, PAD])
     past = torch.minimum(meta[:, LENGTH], (position[0] - pad).clamp(min=0))
-    pages = torch.where(position[0] == 0, 0, meta[:, PAGES])
+    coded = torch.where(position[0] == 0, 0, meta[:, CODED])
 
     def masked(logits: Tensor, token: Tensor, live: Tensor) -> Tensor:
-        """Apply liveness [B, n] and the mask at the slots of tokens [B, n]."""
-        logits = logits.masked_fill(~live[:, None, None, :], -torch.inf)
+        """Apply liveness and the mask at the slots of tokens, both [B, H, n]."""
+        logits = logits.masked_fill(~live[:, :, None, :], -torch.inf)
         if mask is None:
             return logits
-        slot = (token + pad[:, None]).clamp(0, mask.shape[-1] - 1)
-        full = mask.expand(batch, -1, tokens, -1)
-        m = full.gather(-1, slot[:, None, None, :].expand(-1, full.shape[1], tokens, -1))
-        return apply_mask(logits, m, heads, group)
+        slot = (token + pad[:, None, None]).clamp(0, mask.shape[-1] - 1)
+        return apply_mask(logits, mask_at(mask, slot, tokens, group), heads, group)
 
     soft = _Softmax((batch, heads, group * tokens), rows)
+    spaces: dict[str, Tensor] = {}
 
     # Pages, from their codes.
-    used = layout.max_pages if q.is_cuda else int(pages.max())
-    for first in range(0, used, PAGES_PER_CHUNK):
-        count = min(PAGES_PER_CHUNK, used - first)
-        begin = torch.full((batch,), first, device=q.device)
-        chunk = state.pool[page_ids(batch, heads, layout.max_pages, begin, count)]
-        i = first * layout.page_tokens + torch.arange(
-            count * layout.page_tokens, device=q.device
-        ).expand(batch, -1)
-        live = i < pages[:, None] * layout.page_tokens
+    for tier, ids, there in pages_by_tier(state, layout, coded):
+        records = page_records(state.pool[ids], layout, tier)
+        i, live = page_tokens(records, state.info[ids], layout, tier)
+        live = live & there[..., None] & (i < coded[:, None, None, None])
+        i, live = torch.where(live, i, 0).flatten(2), live.flatten(2)
+        records = {name: x.flatten(2, 3) for name, x in records.items()}
         token = i + layout.sinks
-        numbers = first + torch.arange(count, device=q.device)
         if layout.kind == "exact":
-            dk, dv = decode_pages(chunk, numbers[None], state, layout)
+            dk, dv = decode_records(records, i, state, layout, tier)
             # Unused pages are uninitialised memory, and 0 * NaN is NaN.
-            dead = ~live[:, None, :, None]
+            dead = ~live[..., None]
             dk, dv = (x.to(math).masked_fill(dead, 0) for x in (dk, dv))
-            soft.add("exact", masked(rows @ dk.transpose(-1, -2), token, live), dv, None)
+            soft.add("exact", masked(rows @ dk.mT, token, live), dv, None)
             continue
-        if rows.shape[2] <= layout.page_tokens:
-            logits = code_logits(rows, chunk, numbers, state, layout)
-        else:  # more queries than tokens in a page: turning the keys is less work
-            logits = rows @ decode_pages(chunk, numbers[None], state, layout)[0].to(math).mT
-        vd = unit_codes(page_field(chunk, layout, "value_digits"), layout).to(math)
-        vr = codes.decode_radius(page_field(chunk, layout, "value_radius")).squeeze(-1).to(math)
-        soft.add("codes", masked(logits, token, live), vd, vr)
+        if rows.shape[2] <= ROWS_FROM_CODES:
+            logits = code_logits(rows, records, i, state, layout, tier)
+        else:  # many queries: turning the keys is less work
+            logits = rows @ decode_records(records, i, state, layout, tier)[0].to(math).mT
+        vd = unit_codes(records["value_digits"], layout, tier).to(math)
+        vr = codes.decode_radius(records["value_radius"]).squeeze(-1).to(math)
+        soft.add(f"tier {tier}", masked(logits, token, live), vd, vr)
+        spaces[f"tier {tier}"] = state.frames(layout, tier)[1].out.to(math)
 
     # Sinks and ring, exact.
-    i, live = ring_tokens(torch.stack([pad, past, pages, pad], 1), layout)
+    before = torch.stack([pad, past, coded, pad], 1)
+    i, live = ring_tokens(before, layout)
     t = torch.arange(layout.sinks, device=q.device).expand(batch, -1)
-    token = torch.cat([t, i + layout.sinks], 1)
-    live = torch.cat([t < past[:, None], live], 1)
-    dead = ~live[:, None, :, None]
+    token = torch.cat([t, i + layout.sinks], 1)[:, None].expand(-1, heads, -1)
+    live = torch.cat([t < past[:, None], live], 1)[:, None].expand(-1, heads, -1)
+    dead = ~live[..., None]
     ek, ev = (x.to(math).masked_fill(dead, 0) for x in (state.exact_keys, state.exact_values))
-    soft.add("exact", masked(rows @ ek.transpose(-1, -2), token, live), ev, None)
+    soft.add("exact", masked(rows @ ek.mT, token, live), ev, None)
 
     # The forward's own tokens, exact.
-    own = rows @ k.to(math).transpose(-1, -2)
+    own = rows @ k.to(math).mT
     if mask is not None:
         full = mask.index_select(-1, position.clamp(max=mask.shape[-1] - 1)).expand(
             batch, -1, tokens, -1
@@ -169,6 +218,5 @@ def attend(
         own = apply_mask(own, keep[None, None], heads, group)
     soft.add("exact", own, v.to(math), None)
 
-    spaces = {"codes": state.value_out.to(math)} if layout.kind != "exact" else {}
     out = soft.result(spaces)
     return out.reshape(batch, q_heads, tokens, head_dim).to(q.dtype)

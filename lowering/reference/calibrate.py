@@ -16,14 +16,16 @@ Values: the same with Q = 1 and weights a^2. Their directions matter by who atte
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
-from ..codes import STORED, Frame, decode, encode, stored
+from ..codes import STORED, Basis, Frame, decode, encode, stored
 from ..grid import STEP, grid_frame
 from ..layout import Layout
 from ..turn import turn
-from .append import own_validity
+from .intake import own_validity
 
 QUERIES = 256  # sampled from the prompt
 FIT_TOKENS = 1024  # tokens on which steps are fitted, and as many on which the frame is judged
@@ -50,8 +52,8 @@ def calibrate(
 ) -> None:
     """Overwrite the frames of a layer if this forward begins a sequence with enough tokens.
 
-    ``frames``: the eight tensors of the key and the value frame. Keys or values that are not
-    finite leave them alone; ``append`` reports those.
+    ``frames``: the eight tensors of the key and the value basis, and the loss. Keys or values
+    that are not finite leave them alone; ``append`` reports those.
     """
     if k.shape[2] < layout.calibrate or layout.calibrate == 0:
         return
@@ -63,8 +65,8 @@ def calibrate(
     if not bool(good):
         return
     q, k, v = (torch.nan_to_num(x, posinf=0.0, neginf=0.0) for x in (q, k, v))
-    fitted = fit_frames(q, k, v, mask, position, plan, layout)
-    for old, new in zip(frames, (*fitted[0], *fitted[1]), strict=True):
+    keys, values, loss = fit_frames(q, k, v, mask, position, plan, layout)
+    for old, new in zip(frames, (*keys, *values, loss), strict=True):
         old.copy_(new)
 
 
@@ -76,8 +78,12 @@ def fit_frames(
     position: Tensor,
     plan: Tensor,
     layout: Layout,
-) -> tuple[Frame, Frame]:
-    """Frames of one layer's keys and values from a prompt.
+) -> tuple[Basis, Basis, Tensor]:
+    """Frames of one layer's keys and values from a prompt, and what coding in them loses.
+
+    The loss [H, 2, tiers] is, for keys, the expected squared error of a logit (before its scale)
+    over E|q|^2 times the key's squared radius; for values, the squared error over the squared
+    radius.
 
     Args:
         q: [B, Hq, T, D]; k, v: [B, H, T, D]: the forward that begins a sequence.
@@ -94,14 +100,12 @@ def fit_frames(
     keys, values, moment, key_weight, value_weight = (
         torch.stack(x) for x in zip(*stats, strict=True)
     )
-    frames = []
-    for x, weight, metric, digits, unbiased in (
-        (keys, key_weight, moment, layout.key_digits, True),
-        (values, value_weight, None, layout.value_digits, False),
-    ):
-        plain = metric is None and not _is_long(alive)
-        frames.append(_fit(x, weight, metric, digits, unbiased, plain))
-    return frames[0], frames[1]
+    key_digits, value_digits = zip(*layout.tiers, strict=True)
+    plain = not _is_long(alive)
+    unit = layout.unit
+    key_basis, key_loss = _fit(keys, key_weight, moment, key_digits, unit, True, False)
+    value_basis, value_loss = _fit(values, value_weight, None, value_digits, unit, False, plain)
+    return key_basis, value_basis, torch.stack([key_loss, value_loss], 1)
 
 
 def _head_statistics(q, k, v, at, alive, h, plan, layout):
@@ -175,13 +179,15 @@ def _fit(
     x: Tensor,
     weight: Tensor,
     metric: Tensor | None,
-    digits: int,
+    tiers: Sequence[int],
+    unit: int,
     unbiased: bool,
     plain_only: bool,
-) -> Frame:
-    """The frame of vectors [H, n, D] with weights [H, n]; errors count by ``metric`` [H, D, D].
+) -> tuple[Basis, Tensor]:
+    """Frames of vectors [H, n, D] with weights [H, n]; errors count by ``metric`` [H, D, D].
 
-    A head that a plain rotation about the same centre serves better gets that.
+    ``tiers``: digits of each; a head whose tier ``unit`` a plain rotation about the same centre
+    serves better gets that. Also the ``loss`` [H, tiers] of :func:`fit_frames`.
     """
     heads, n, dim = x.shape
     # The centre of keys is their plain mean: it is there to lower the energy, and a weighted
@@ -196,7 +202,8 @@ def _fit(
     x = (x - centre) * uniform[..., None]
     if metric is None:
         metric = torch.eye(dim, device=x.device).expand(heads, -1, -1)
-    metric = metric / metric.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)
+    else:  # the loss is a share of the queries' energy
+        metric = metric / metric.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)[:, None, None]
     into, back, cost = _whiten(x, weight, metric)
 
     # Steps are fitted on some tokens, and the frame judged on others.
@@ -206,18 +213,36 @@ def _fit(
     energy = z.square().mean(-1)
     z = z / energy.clamp(min=1e-30).sqrt()[..., None]
     steps, errors = _fit_steps(z, weight[:, fit] * energy)
-    fitted = _allocate(into, back, cost, steps, errors, centre, digits)
-    plain = grid_frame(heads, dim, digits, x.device)
-    plain = stored(plain._replace(out=torch.cat([plain.out[:, :-1], centre], 1)))
-    if plain_only:
-        chosen = plain
-    else:
-        judged = x[:, judge] + centre, weight[:, judge], metric
-        better = _error(*judged, fitted, unbiased) <= _error(*judged, plain, unbiased)
-        pairs = zip(fitted, plain, strict=True)
-        chosen = Frame(*(torch.where(better.view(-1, 1, 1), f, p) for f, p in pairs))
-    into, grid, plan, out = chosen
-    return Frame((into / size).to(into.dtype), grid, plan, (out * size).to(out.dtype))
+    back = torch.cat([back, centre], 1).to(STORED)
+    pairs = []
+    for digits in tiers:
+        grid, plan = _allocate(cost, steps, errors, digits)
+        plain = grid_frame(heads, dim, digits, x.device)
+        moved = torch.cat([plain.back[:, :-1], centre], 1)
+        pairs.append((Frame(into, back, grid, plan), plain._replace(back=moved)))
+    fitted, rotated = (stored(Basis.of(frames)) for frames in zip(*pairs, strict=True))
+    judged = x[:, judge] + centre, weight[:, judge], metric
+    losses = [
+        torch.stack([_loss(*judged, f, unbiased) for f in _split(basis, tiers)], 1)
+        for basis in ((rotated,) if plain_only else (fitted, rotated))
+    ]
+    basis, loss = rotated, losses[-1]
+    if not plain_only:
+        better = losses[0][:, unit, 0] <= losses[1][:, unit, 0]
+        choose = (better.view(-1, *(1,) * (f.dim() - 1)) for f in fitted)
+        both = zip(choose, fitted, rotated, strict=True)
+        basis = Basis(*(torch.where(mask, f, p) for mask, f, p in both))
+        loss = torch.where(better[:, None, None], *losses)
+    into, back, grid, plan = basis
+    # The radius is that of vectors at their own size, through ``into``: the same number.
+    loss = loss[..., 0] / loss[..., 1].clamp(min=1e-30) * size[:, 0].square()
+    return Basis((into / size).to(into.dtype), (back * size).to(back.dtype), grid, plan), loss
+
+
+def _split(basis: Basis, tiers: Sequence[int]) -> Iterator[Frame]:
+    """The frame of each tier."""
+    for t, digits in enumerate(tiers):
+        yield basis.frame(t, sum(tiers[:t]), digits)
 
 
 def _whiten(x: Tensor, weight: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,34 +282,24 @@ def _fit_steps(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(steps, -1), torch.stack(errors, -1)
 
 
-def _allocate(
-    into: Tensor,
-    back: Tensor,
-    cost: Tensor,
-    steps: Tensor,
-    errors: Tensor,
-    centre: Tensor,
-    digits: int,
-) -> Frame:
-    """Give ``digits`` digits to where they lower the cost most, most valuable first."""
-    heads, dim, _ = into.shape
+def _allocate(cost: Tensor, steps: Tensor, errors: Tensor, digits: int) -> tuple[Tensor, Tensor]:
+    """Grid and plan that give ``digits`` digits to where they lower the cost most, most valuable
+    first."""
+    heads, dim = cost.shape
     gain = cost[..., None] * (errors[..., :-1] - errors[..., 1:])
     gain = gain.cummin(-1).values  # a digit cannot come before the one above it
     order = gain.flatten(1).sort(dim=1, descending=True, stable=True).indices[:, :digits]
     dims, place = order // MAX_DIGITS, order % MAX_DIGITS
-    width = torch.zeros(heads, dim, dtype=torch.long, device=into.device)
+    width = torch.zeros(heads, dim, dtype=torch.long, device=cost.device)
     width.scatter_add_(1, dims, torch.ones_like(dims))
     step = steps.gather(-1, width[..., None])[..., 0]
     shift = 2 * (width.gather(1, dims) - 1 - place)
-    scale = step.gather(1, dims) * 2.0**shift
-    out = back.gather(1, dims[..., None].expand(-1, -1, dim)) * scale[..., None]
-    grid = torch.stack([step, 4.0**width, cost], 1)
-    out = torch.cat([out, centre], 1).to(STORED)
-    return Frame(into, grid, torch.stack([dims, shift], 1).int(), out)
+    return torch.stack([step, 4.0**width, cost], 1), torch.stack([dims, shift], 1).to(torch.uint8)
 
 
-def _error(x: Tensor, weight: Tensor, metric: Tensor, frame: Frame, unbiased: bool) -> Tensor:
-    """Weighted error [H] of vectors [H, n, D] coded in a frame."""
+def _loss(x: Tensor, weight: Tensor, metric: Tensor, frame: Frame, unbiased: bool) -> Tensor:
+    """Of vectors [H, n, D] coded in a frame, [H, 2]: weighted squared error, and radii squared."""
     digits, radius = encode(x[None], frame, unbiased=unbiased)
     delta = decode(digits, radius, frame)[0] - x
-    return (weight * ((delta @ metric.float()) * delta).sum(-1)).sum(1)
+    error = (weight * ((delta @ metric.float()) * delta).sum(-1)).sum(1)
+    return torch.stack([error, (weight * radius[0].square()).sum(1)], 1)

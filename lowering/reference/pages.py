@@ -7,75 +7,100 @@ from torch import Tensor
 
 from .. import codes
 from ..codes import Frame
-from ..layout import EXACT_DTYPES, Layout
+from ..layout import EXACT_DTYPES, GAP_FILLER, Layout
 from ..rings import encode_rings, ring_values
-from ..state import State
+from ..state import BASE, KIND, PER_TIER, State
 from ..turn import block_start, turn
 
+Records = dict[str, Tensor]  # field of a page -> [..., bytes a token]
 
-def encode_pages(k: Tensor, v: Tensor, page: Tensor, state: State, layout: Layout) -> Tensor:
-    """[B, H, n * P, D] keys and values of pages number [B, n] -> [B, H, n, page_bytes]."""
-    batch, heads, tokens, _ = k.shape
-    n = tokens // layout.page_tokens
+
+def encode_records(
+    k: Tensor, v: Tensor, i: Tensor, state: State, layout: Layout, tier: int
+) -> Records:
+    """Keys and values [B, H, n, D] of coded tokens i [B or 1, H or 1, n] -> fields [B, H, n, w]."""
     if layout.kind == "exact":
-        parts = [x.contiguous().view(torch.uint8) for x in (k, v)]
-    else:
-        k = turn_pages(k, page, state, layout, -1)
-        coded = [
-            encode_side(k, state.key_frame, layout, unbiased=True),
-            encode_side(v, state.value_frame, layout, unbiased=False),
-        ]
-        parts = [packed for packed, _ in coded]
-        parts += [codes.encode_radius(r).unsqueeze(-1) for _, r in coded]
-    pages = [x.reshape(batch, heads, n, -1) for x in parts]
-    return torch.cat(pages, dim=-1)
+        return {name: x.contiguous().view(torch.uint8) for name, x in (("keys", k), ("values", v))}
+    key_frame, value_frame = state.frames(layout, tier)
+    k = turn_keys(k, i, state, layout, -1)
+    records = {}
+    for side, x, frame in (("key", k, key_frame), ("value", v, value_frame)):
+        packed, radius = encode_side(x, frame, layout, tier, unbiased=side == "key")
+        records[f"{side}_digits"] = packed
+        records[f"{side}_radius"] = codes.encode_radius(radius).unsqueeze(-1)
+    return records
 
 
-def encode_side(x: Tensor, frame: Frame, layout: Layout, unbiased: bool) -> tuple[Tensor, Tensor]:
+def encode_side(
+    x: Tensor, frame: Frame, layout: Layout, tier: int, unbiased: bool
+) -> tuple[Tensor, Tensor]:
     """Vectors [B, H, n, D] -> bytes [B, H, n, w] and radii [B, H, n] in the layout's code."""
     if layout.kind == "rings":
-        return encode_rings(x, frame, layout.cell_digits, unbiased=unbiased)
+        return encode_rings(x, frame, layout.cell_digits[tier], unbiased=unbiased)
     digits, radius = codes.encode(x, frame, unbiased=unbiased)
     return codes.pack_digits(digits), radius
 
 
-def unit_codes(packed: Tensor, layout: Layout) -> Tensor:
+def decode_records(
+    records: Records, i: Tensor, state: State, layout: Layout, tier: int
+) -> tuple[Tensor, Tensor]:
+    """Fields [B, H, n, w] of coded tokens i [B or 1, H or 1, n] -> keys and values [B, H, n, D]."""
+    if layout.kind == "exact":
+        dtype = EXACT_DTYPES[layout.dtype]
+        k, v = (records[name].contiguous().view(dtype) for name in ("keys", "values"))
+        return k, v
+    out = []
+    for side, frame in zip(("key", "value"), state.frames(layout, tier), strict=True):
+        unit = unit_codes(records[f"{side}_digits"], layout, tier)
+        vectors = frame.out
+        moved = torch.matmul(unit, vectors[:, :-1])
+        out.append(moved * codes.decode_radius(records[f"{side}_radius"]) + vectors[:, -1:])
+    return turn_keys(out[0], i, state, layout, 1), out[1]
+
+
+def unit_codes(packed: Tensor, layout: Layout, tier: int) -> Tensor:
     """Bytes [..., w] -> what ``frame.out`` (less its last row) takes to vectors, [..., N]."""
     if layout.kind == "rings":
-        return ring_values(packed, layout.cell_digits)
+        return ring_values(packed, layout.cell_digits[tier])
     return codes.centred_digits(packed)
 
 
-def page_field(pages: Tensor, layout: Layout, name: str) -> Tensor:
-    """[..., n, page_bytes] -> [..., n * P, bytes a token] of one field."""
-    field = layout.fields[name]
-    tokens = pages.shape[-2] * layout.page_tokens
-    width = field.size // layout.page_tokens
-    return pages[..., field.slice].reshape(*pages.shape[:-2], tokens, width)
-
-
-def turn_pages(k: Tensor, page: Tensor, state: State, layout: Layout, way: int) -> Tensor:
-    """Keys [B, H, n * P, D] of pages number [B or 1, n], turned with (1) or back by their block."""
+def turn_keys(k: Tensor, i: Tensor, state: State, layout: Layout, way: int) -> Tensor:
+    """Keys [B, H, n, D] of coded tokens i, turned with (1) or back (-1) by their block."""
     if layout.block == 0:
         return k
-    by = way * block_start(page, layout).repeat_interleave(layout.page_tokens, -1)
-    return turn(k.float(), by[:, None], state.turn)
+    return turn(k.float(), way * block_start(i, layout), state.turn)
 
 
-def decode_pages(
-    pages: Tensor, page: Tensor, state: State, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """Pages [B, H, n, page_bytes] number [B or 1, n] -> dense keys and values [B, H, n * P, D]."""
-    if layout.kind == "exact":
-        dtype = EXACT_DTYPES[layout.dtype]
-        k, v = (
-            page_field(pages, layout, name).contiguous().view(dtype) for name in ("keys", "values")
-        )
-        return k, v
-    out = []
-    for side, frame in (("key", state.key_frame), ("value", state.value_frame)):
-        digits = unit_codes(page_field(pages, layout, f"{side}_digits"), layout)
-        radius = codes.decode_radius(page_field(pages, layout, f"{side}_radius"))
-        vectors = frame.out.float()
-        out.append(torch.matmul(digits, vectors[:, :-1]) * radius + vectors[:, -1:])
-    return turn_pages(out[0], page, state, layout, 1), out[1]
+# ------------------------------------------------------------ the bytes of pages
+
+
+def page_records(pages: Tensor, layout: Layout, tier: int) -> Records:
+    """Pages [..., page_bytes] of one tier -> fields [..., slots, w]."""
+    slots = layout.capacity[tier]
+    return {
+        name: pages[..., field.slice].unflatten(-1, (slots, -1))
+        for name, field in layout.fields[tier].items()
+    }
+
+
+def page_bytes(records: Records, layout: Layout, tier: int) -> Tensor:
+    """Inverse of :func:`page_records`; bytes that no field covers are 0."""
+    fields = layout.fields[tier]
+    parts = [records[name].flatten(-2) for name in fields]
+    used = sum(field.size for field in fields.values())
+    return torch.nn.functional.pad(torch.cat(parts, -1), (0, layout.page_bytes - used))
+
+
+def page_tokens(records: Records, info: Tensor, layout: Layout, tier: int) -> tuple[Tensor, Tensor]:
+    """Which coded token i sits in each slot of pages with ``info`` [..., 2], and whether one does.
+
+    Returns [..., slots] int64 and bool.
+    """
+    slot = torch.arange(layout.capacity[tier], device=info.device)
+    base = info[..., BASE, None].long()
+    live = slot < (info[..., KIND, None] % PER_TIER)
+    if not layout.tracked:
+        return base + slot, live
+    gap = records["gap"].squeeze(-1)
+    return base + gap.long().cumsum(-1), live & (gap != GAP_FILLER)

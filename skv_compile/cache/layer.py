@@ -11,10 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..codec.rotary import rotary_plan
 from ..codec.saved import SavedFrames
+from ..codec.tiers import tier_names
 from ..config import Config
 from ..errors import CacheStateError, CapacityError, UnsupportedError
 from ..lowering.ops import slots
+from ..retention.keeper import Keeper
 from . import phantom
+from .home import make_keeper
 from .journal import Journal
 from .state import LayerState
 from .view import CachedTensor, Pending
@@ -46,6 +49,11 @@ class SphericalLayer(CacheLayerMixin):
         self.signature = ""
         self._guessed = False  # allocated for the shapes of another layer, nothing stored yet
         self._shape: tuple[int, ...] = ()
+        self._kind: tuple = ()  # what layers that share a pool have in common
+
+    @property
+    def _before(self) -> list[SphericalLayer]:
+        return self.siblings[: self.siblings.index(self)]
 
     @property
     def where(self) -> str:
@@ -62,22 +70,36 @@ class SphericalLayer(CacheLayerMixin):
                 f"[{value_states.shape[1]} heads, {value_states.shape[-1]}]; a compressed layer "
                 "needs equal shapes. Use a dense cache for this model."
             )
-        budget = self.config.budget_bytes
-        state = LayerState(
-            self.config,
-            batch,
-            heads,
-            head_dim,
-            self.max_cache_len,
-            key_states.dtype,
-            key_states.device,
-            None if budget is None else budget // len(self.siblings),
-            rotary_plan(self.model_config, head_dim),
-            None if self.saved is None else partial(self.saved.layer, self.index),
-        )
-        self._adopt(state)
+        shape = (batch, heads, head_dim, self.max_cache_len, key_states.dtype, key_states.device)
+        turn = rotary_plan(self.model_config, head_dim)
+        group = group_of(self.model_config)
+        keeper = self._keeper(shape, group, turn is not None)
+        saved = None if self.saved is None else partial(self.saved.layer, self.index)
+        state = LayerState(self.config, *shape, turn=turn, saved=saved, group=group, keeper=keeper)
+        self.adopt(state)
 
-    def _adopt(self, state: LayerState) -> None:
+    def _keeper(self, shape: tuple, group: int, turned: bool) -> Keeper:
+        """The keeper of the layers that share a pool: all siblings, if they are of this shape."""
+        budget, count = self.config.budget_bytes, len(self.siblings)
+        for other in self.siblings:
+            if other.state is not None and not self.is_initialized:
+                keeper = other.state.keeper
+                joins = other._kind == shape and len(keeper.states) < keeper.pool.layers
+                if joins:
+                    self._kind = shape
+                    return keeper
+        waiting = [x for x in self.siblings if x.state is None]
+        alone = len(waiting) < count or self.is_initialized
+        layers = 1 if alone else count
+        part = None if budget is None else budget * layers // count
+        self._kind = shape
+        batch, heads, dim, tokens, dtype, device = shape
+        return make_keeper(
+            self.config, layers, batch, heads, dim, tokens, dtype, device, group, part, turned
+        )
+
+    def adopt(self, state: LayerState) -> None:
+        """Stand for this state from now on."""
         self.state, self.signature = state, state.signature
         self._guessed, self._shape = False, (state.batch, state.heads, state.layout.head_dim)
         self.dtype, self.device, self.batch_size = state.dtype, state.device, state.batch
@@ -129,6 +151,8 @@ class SphericalLayer(CacheLayerMixin):
         assert state is not None
         if self is self.siblings[0]:
             self._begin()
+        if all(x.state is None or x.state.keeper is not state.keeper for x in self._before):
+            state.keeper.tick(tokens)  # the first of its pool in this forward
         expected = (state.batch, state.heads, tokens, state.layout.head_dim)
         if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
             found = f"{list(k.shape)} {k.dtype} on {k.device}"
@@ -209,23 +233,13 @@ class SphericalLayer(CacheLayerMixin):
             self.state.crop(remove)
             self.cumulative_length.sub_(remove)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.state is not None:
-            rows = torch.arange(self.state.batch, device=self.state.device)
-            self.batch_select_indices(rows.repeat_interleave(repeats))
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.state is None:
-            return
-        indices = indices.to(self.state.device)
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        selected = self.state.select(indices)
-        if selected is not self.state:
-            self._adopt(selected)
+        raise UnsupportedError(
+            "rows of one compressed layer cannot be selected alone: its pages are shared. Call "
+            "the method of the SphericalCache."
+        )
+
+    reorder_cache = batch_repeat_interleave = batch_select_indices
 
     def offload(self) -> None:
         raise UnsupportedError(
@@ -236,8 +250,18 @@ class SphericalLayer(CacheLayerMixin):
     prefetch = offload
 
     def __repr__(self) -> str:
-        tier = self.state.tier.name if self.state is not None else "not allocated yet"
+        tier = tier_names(self.state.layout) if self.state is not None else "not allocated yet"
         return f"SphericalLayer({tier}, max_cache_len={self.max_cache_len})"
+
+
+def group_of(model_config: Any) -> int:
+    """Query heads of a kv head, as a model's config has them."""
+    text = model_config.get_text_config(decoder=True)
+    queries = getattr(text, "num_attention_heads", None)
+    keys = getattr(text, "num_key_value_heads", None) or queries
+    if isinstance(queries, int) and isinstance(keys, int) and keys and queries % keys == 0:
+        return queries // keys
+    return 1
 
 
 @torch._dynamo.assume_constant_result

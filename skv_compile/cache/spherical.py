@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from ..codec.rotary import rotary_plan
 from ..codec.saved import SavedFrames, load_frames
-from ..codec.tiers import choose_tier
+from ..codec.tiers import choose_layout, tier_names
 from ..config import Config, make_config
 from ..errors import CacheStateError, ConfigError, UnsupportedError
 from ..lowering.state import LENGTH
+from ..retention.keeper import Keeper
 from .journal import Journal
 from .layer import SphericalLayer
-from .state import LayerState
+from .rows import select_rows
+from .state import SHARED, LayerState
 
 
 class SphericalCache(Cache):
@@ -80,12 +84,19 @@ class SphericalCache(Cache):
         ]
 
     @property
+    def keepers(self) -> list[Keeper]:
+        """The keepers of the pools, one for each shape that layers have."""
+        return list({id(state.keeper): state.keeper for state in self.states}.values())
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of every tensor this cache holds, dense sliding layers included."""
         sizes: dict[int, int] = {}
         for state in self.states:
-            sizes |= {x.data_ptr(): x.nbytes for x in state.tensors if x.numel()}
-        return sum(sizes.values()) + self._dense_layer_bytes()
+            own = [x for n, x in enumerate(state.tensors) if n not in SHARED and x.numel()]
+            sizes |= {x.data_ptr(): x.nbytes for x in own}
+        pools = sum(keeper.bytes for keeper in self.keepers)
+        return sum(sizes.values()) + pools + self._dense_layer_bytes()
 
     @property
     def dense_bytes(self) -> int:
@@ -98,11 +109,19 @@ class SphericalCache(Cache):
 
     @property
     def bits_per_coordinate(self) -> float:
-        """Bits per coordinate of the compressed region, every stored bit counted."""
-        rates = [state.tier.rate for state in self.states]
-        if not rates:
+        """Bits per coordinate of the compressed region, every stored bit counted.
+
+        The region is every token that has left the exact window, dropped ones too. Before there
+        is one, what the tiers are made for.
+        """
+        if not self.states:
             raise CacheStateError("the cache has not seen a token yet: run the model first.")
-        return sum(rates) / len(rates)
+        used = sum(keeper.used_bytes for keeper in self.keepers)
+        coordinates = sum(keeper.coordinates for keeper in self.keepers)
+        if coordinates:
+            return 8 * used / coordinates
+        first = self.states[0].layout
+        return self.config.bits if first.tracked else first.rate(0)
 
     def raise_flags(self) -> None:
         """Raise what an accelerator could only flag since the last look."""
@@ -117,16 +136,37 @@ class SphericalCache(Cache):
         return {
             "codec": self.config.codec,
             "retention": self.config.retention,
-            "tier": None if first is None else first.tier.name,
+            "tier": None if first is None else tier_names(first.layout),
             "bits_per_coordinate": None if first is None else self.bits_per_coordinate,
             "compressed_layers": sum(isinstance(x, SphericalLayer) for x in self.layers),
             "dense_layers": sum(not isinstance(x, SphericalLayer) for x in self.layers),
             "max_cache_len": self.max_cache_len,
             "seen_tokens": seen,
             "stored_tokens": [] if first is None else first.tensors.meta[:, LENGTH].tolist(),
+            **({} if first is None else first.keeper.summary()),
             "resident_bytes": self.resident_bytes,
             "dense_bytes": self.dense_bytes,
         }
+
+    # ------------------------------------------------------------ rows
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row n be what row ``beam_idx[n]`` is: for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let every row be ``repeats`` rows that follow one another."""
+        if self.states:
+            rows = torch.arange(self.states[0].batch, device=self.states[0].device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Let row n be what row ``indices[n]`` is.
+
+        Raises:
+            ConfigError: the budget does not hold so many rows. Nothing is changed.
+        """
+        select_rows(self.layers, indices)
 
     def reset(self) -> None:
         """Forget every token; the next forward starts a new sequence."""
@@ -147,8 +187,8 @@ def _check_early(
         saved.check_config(model_config)
     if isinstance(head_dim, int):
         turned = rotary_plan(model_config, head_dim) is not None
-        tier = choose_tier(config, head_dim, max_cache_len, "float32", turned)
+        layout = choose_layout(config, head_dim, max_cache_len, "float32", turned)
         if saved is not None and config.budget is None:
             for index, layer in saved.about["layers"].items():
                 if layer["shape"][1] == head_dim:
-                    saved.layer(int(index), layer["shape"][0], tier.layout)
+                    saved.layer(int(index), layer["shape"][0], layout)

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..codec.tiers import Tier, choose_tier, tiers
+from ..codec.tiers import frames_of
 from ..config import Config
 from ..errors import CacheStateError, ConfigError
-from ..lowering import ops, reference
-from ..lowering.codes import stored
-from ..lowering.grid import grid_frame
+from ..lowering import ops
 from ..lowering.layout import Layout
-from ..lowering.rings import ring_frame
-from ..lowering.state import FLAGS, LENGTH, PAD, PAGES, State, page_ids, raise_flags, ring_tokens
+from ..lowering.reference.pages import decode_records, page_records
+from ..lowering.state import (
+    CODED,
+    FIRST_FRAME,
+    FLAGS,
+    LENGTH,
+    PAD,
+    State,
+    raise_flags,
+    ring_tokens,
+)
+from ..retention.keeper import Keeper
+from .home import exact_bytes, frame_bytes, make_keeper
 
 
 class Undo(NamedTuple):
     """What a forward may have changed, as it was before."""
 
     meta: Tensor
-    exact: tuple[Tensor, Tensor] | None
+    exact: tuple[Tensor, ...]
     frames: tuple[Tensor, ...]
-    pool: Tensor | None
+    pages: tuple[Tensor, ...]
 
 
 class LayerState:
@@ -39,7 +47,9 @@ class LayerState:
         dtype, device: of the model's keys and values.
         budget: most bytes of this layer, or None.
         turn: [2, D] plan of the model's rotary embedding (``lowering.turn``), if it has one.
-        saved: with ``config.frame``: (heads, layout) -> this layer's eight frame tensors.
+        saved: with ``config.frame``: (heads, layout) -> this layer's nine frame tensors.
+        group: query heads of a kv head.
+        keeper: of the layers that share a pool; this one is the next. None: a pool of its own.
     """
 
     def __init__(
@@ -54,80 +64,48 @@ class LayerState:
         budget: int | None = None,
         turn: Tensor | None = None,
         saved: Callable[[int, Layout], tuple[Tensor, ...]] | None = None,
+        group: int = 1,
+        keeper: Keeper | None = None,
     ) -> None:
         self.config = config
-        self.batch, self.heads = batch, heads
-        self.dtype, self.device, self.budget = dtype, device, budget
-        self.tier = self._choose(head_dim, max_tokens, budget, turn is not None)
+        self.batch, self.heads, self.group = batch, heads, group
+        self.dtype, self.device = dtype, device
+        if keeper is None:
+            shape = (batch, heads, head_dim, max_tokens, dtype, device)
+            keeper = make_keeper(config, 1, *shape, group, budget, turn is not None)
+        self.keeper, self.index = keeper, len(keeper.states)
+        self.layout: Layout = keeper.layout
         self._saved = saved
-        if config.frame is not None:  # the frames are there: prompts fit none
-            self.tier = replace(self.tier, layout=replace(self.tier.layout, calibrate=0))
-        self.layout: Layout = self.tier.layout
         self.adopted = False  # stands in the place of a module's own buffer
         # A Cache layer's cumulative_length, undone with the rest.
         self.counter: Tensor | None = None
+        layout, pool = self.layout, keeper.pool
         empty = torch.empty(0, device=device)
-        slots = (batch, heads, self.layout.exact_slots, head_dim)
-        pages = batch * heads * self.layout.max_pages + 1  # the last is scratch
+        slots = (batch, heads, layout.exact_slots, head_dim)
+        queries = (batch, heads * group, layout.observed, head_dim)
         self.tensors = State(
             torch.zeros(slots, dtype=dtype, device=device),
             torch.zeros(slots, dtype=dtype, device=device),
-            torch.empty(pages, self.layout.page_bytes, dtype=torch.uint8, device=device),
+            torch.zeros(queries, dtype=dtype, device=device),
             torch.zeros(batch, 4, dtype=torch.int64, device=device),
-            turn.to(device) if self.layout.block and turn is not None else empty,
+            pool.memory,
+            pool.info,
+            pool.table[self.index],
+            turn.to(device) if layout.block and turn is not None else empty,
             *self._frames(),
         )
-
-    def _choose(self, head_dim: int, max_tokens: int, budget: int | None, turned: bool) -> Tier:
-        name = str(self.dtype).removeprefix("torch.")
-        best = choose_tier(self.config, head_dim, max_tokens, name, turned)
-        if budget is None:
-            return best
-        chosen, sizes = None, []
-        for tier in tiers(self.config, head_dim, max_tokens, name, turned):
-            sizes.append(self._bytes(tier.layout))
-            if tier.rate <= best.rate and sizes[-1] <= budget:
-                chosen = tier
-        if chosen is None:
-            window = 2 * best.layout.exact_slots * head_dim * self.dtype.itemsize
-            raise ConfigError(
-                f"budget of {budget} bytes a layer is too small: sinks and recent window alone "
-                f"take {self.batch * self.heads * window}, the coarsest tier {min(sizes)} for "
-                f"{max_tokens} tokens. Raise the budget, or lower max_cache_len, sinks or recent."
-            )
-        return chosen
-
-    def _bytes(self, layout: Layout) -> int:
-        """Bytes of a state with this layout, its own frames included."""
-        dim, digits = layout.head_dim, layout.key_digits + layout.value_digits
-        exact = 2 * layout.exact_slots * dim * self.dtype.itemsize
-        frames = 0
-        if layout.calibrate:
-            frames = 2 * (2 * dim * dim + 2 * dim + digits * dim) + 4 * (6 * dim + 2 * digits)
-        pages = self.batch * self.heads * layout.max_pages + 1
-        return self.heads * (self.batch * exact + frames) + pages * layout.page_bytes
+        keeper.states.append(self.tensors)
 
     def _frames(self) -> tuple[Tensor, ...]:
-        if self.layout.kind == "exact":
-            empty = torch.empty(0, device=self.device)
-            return (empty,) * 8
-        if self.config.frame is not None:
-            if self._saved is None:
-                raise ConfigError(
-                    f"frame={self.config.frame!r}: a saved frame belongs to a transformers model "
-                    "with a SphericalCache. Leave it out for other modules."
-                )
-            parts = self._saved(self.heads, self.layout)
-            return tuple(x.to(self.device, copy=True) for x in parts)
-        sides = (self.layout.key_digits, self.layout.value_digits)
-        dim, own = self.layout.head_dim, self.layout.calibrate > 0
-        if self.layout.kind == "rings":
-            frames = [ring_frame(self.heads, dim, self.device)] * 2
-        else:
-            frames = [grid_frame(self.heads, dim, n, self.device) for n in sides]
-        if own:
-            frames = [stored(frame) for frame in frames]
-        return tuple(x for frame in frames for x in frame)
+        if self.config.frame is None or self.layout.kind == "exact":
+            return frames_of(self.layout, self.heads, self.device)
+        if self._saved is None:
+            raise ConfigError(
+                f"frame={self.config.frame!r}: a saved frame belongs to a transformers model "
+                "with a SphericalCache. Leave it out for other modules."
+            )
+        parts = self._saved(self.heads, self.layout)
+        return tuple(x.to(self.device, copy=True) for x in parts)
 
     # ------------------------------------------------------------ what it is
 
@@ -137,10 +115,15 @@ class LayerState:
         return f"{self.layout.key}|{self.batch}x{self.heads}|{self.dtype}|{self.device}"
 
     @property
+    def own_bytes(self) -> int:
+        """Bytes of this layer beside the pool: sinks, window, kept queries, frames."""
+        own = [x for n, x in enumerate(self.tensors) if n not in SHARED and x.numel()]
+        return sum({x.data_ptr(): x.nbytes for x in own}.values())
+
+    @property
     def resident_bytes(self) -> int:
-        """Bytes of every tensor held for this layer."""
-        seen = {x.data_ptr(): x.numel() * x.element_size() for x in self.tensors if x.numel()}
-        return sum(seen.values())
+        """Bytes held for this layer, and its part of the pool."""
+        return self.own_bytes + self.keeper.pool.bytes // self.keeper.pool.layers
 
     @property
     def dense_bytes(self) -> int:
@@ -165,13 +148,32 @@ class LayerState:
     def calibrate(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
     ) -> None:
-        layout, frames = self.layout, self.tensors[5:]
+        layout, frames = self.layout, self.tensors[FIRST_FRAME:]
         if 0 < layout.calibrate <= k.shape[2]:
             turn = self.tensors.turn
             ops.calibrate(q, k, v, mask, position, turn, *frames, layout.key)
 
+    def retain(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        position: Tensor,
+        scale: float,
+        state: State | None = None,
+    ) -> None:
+        """What ``skv::retain`` does: keep a query of one token; of more tokens, take what the
+        exact window will not hold. ``state``: the tensors as a graph has them."""
+        state = self.tensors if state is None else state
+        if k.shape[2] > 1:
+            self.keeper.take(self.index, q, k, v, mask, position, state, scale)
+        elif self.layout.observed:
+            ops.retain(q, position, state.queries, state.meta, self.layout.key)
+
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor) -> None:
-        ops.append(k, v, mask, position, *self.tensors, self.layout.key)
+        state = self.tensors
+        ops.append(k, v, mask, position, *state[:4], self.layout.key)
 
     def raise_flags(self, where: str) -> None:
         """Raise what the device flagged since the last check, and clear it."""
@@ -185,8 +187,9 @@ class LayerState:
     def reset(self) -> None:
         """Forget every token, and the frames fitted to them; memory and addresses stay."""
         self.tensors.meta.zero_()
+        self.keeper.forget(self.index)
         if self.layout.calibrate:
-            for tensor, plain in zip(self.tensors[5:], self._frames(), strict=True):
+            for tensor, plain in zip(self.tensors[FIRST_FRAME:], self._frames(), strict=True):
                 tensor.copy_(plain)
 
     def snapshot(self, tokens: int) -> Undo:
@@ -196,98 +199,123 @@ class LayerState:
         in a page. Where no counter says that it follows (a module's own buffers), everything
         that a new start would overwrite is kept.
         """
-        exact = None
+        state = self.tensors
+        exact: tuple[Tensor, ...] = ()
         if tokens > 1 or self.counter is None:
-            exact = (self.tensors.exact_keys.clone(), self.tensors.exact_values.clone())
+            exact = (state.exact_keys.clone(), state.exact_values.clone(), state.queries.clone())
         fits = 0 < self.layout.calibrate <= tokens
-        frames = tuple(x.clone() for x in self.tensors[5:]) if fits else ()
-        pool = self.tensors.pool.clone() if tokens > 1 and self.counter is None else None
-        return Undo(self.tensors.meta.clone(), exact, frames, pool)
+        frames = tuple(x.clone() for x in state[FIRST_FRAME:]) if fits else ()
+        pages: tuple[Tensor, ...] = ()
+        if tokens > 1 and self.counter is None and not self.layout.tracked:
+            pages = (state.pool.clone(),)
+        return Undo(state.meta.clone(), exact, frames, pages)
 
     def restore(self, undo: Undo) -> None:
-        self.tensors.meta.copy_(undo.meta)
-        if undo.exact is not None:
-            self.tensors.exact_keys.copy_(undo.exact[0])
-            self.tensors.exact_values.copy_(undo.exact[1])
-        for tensor, old in zip(self.tensors[5:], undo.frames, strict=False):
+        """Undo a forward. Coded tokens that it has moved to a lower tier stay there."""
+        state = self.tensors
+        state.meta.copy_(undo.meta)
+        self.keeper.drop_after(self.index, undo.meta[:, CODED])
+        for tensor, old in zip(state[:3], undo.exact, strict=False):
             tensor.copy_(old)
-        if undo.pool is not None:
-            self.tensors.pool.copy_(undo.pool)
+        for tensor, old in zip(state[FIRST_FRAME:], undo.frames, strict=False):
+            tensor.copy_(old)
+        if undo.pages:
+            state.pool.copy_(undo.pages[0])
 
     def crop(self, remove: int) -> None:
         """Drop the last ``remove`` tokens of every row.
 
-        A page that is cut loses its dropped tokens; those that stay return to the ring as
+        Where pages hold consecutive tokens, those of a page that is cut return to the ring as
         they were decoded.
         """
         meta, layout = self.tensors.meta, self.layout
-        for row, (pad, length, pages, _) in enumerate(meta.tolist()):
+        for row, (pad, length, coded, _) in enumerate(meta.tolist()):
             if remove > pad + length:
                 raise CacheStateError(f"crop({-remove}): the cache has seen {pad + length} tokens.")
             left = max(0, length - remove)
             i = max(0, left - layout.sinks)
-            if i < pages * layout.page_tokens:
-                cut = i // layout.page_tokens
-                self._reopen(row, cut, i - cut * layout.page_tokens)
-                pages = cut
+            if i < coded:
+                coded = i
+                if not layout.tracked:
+                    coded = i // layout.page_tokens * layout.page_tokens
+                    self._reopen(row, coded, i - coded)
             pad = min(pad, pad + length - remove)
-            meta[row, :FLAGS] = torch.tensor([pad, left, pages], device=meta.device)
+            meta[row, :FLAGS] = torch.tensor([pad, left, coded], device=meta.device)
+        self.keeper.drop_after(self.index, meta[:, CODED])
 
-    def _reopen(self, row: int, page: int, tokens: int) -> None:
-        """Decode the first ``tokens`` tokens of a page of a row back into the ring."""
+    def _coded(self, row: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Decoded keys and values [1, H, n, D] of pages of consecutive tokens of a row."""
+        state, layout = self.tensors, self.layout
+        size = layout.page_tokens
+        ids = state.table[row, :, first // size : first // size + count].long()
+        records = page_records(state.pool[ids][None], layout, 0)
+        fields = {name: x.flatten(2, 3) for name, x in records.items()}
+        i = first + torch.arange(count * size, device=self.device)
+        return decode_records(fields, i[None, None], state, layout, 0)
+
+    def _reopen(self, row: int, first: int, tokens: int) -> None:
+        """Decode the ``tokens`` tokens of a row from ``first`` on back into the ring."""
         if tokens == 0:
             return
         layout, state = self.layout, self.tensors
-        first = torch.tensor([page], device=self.device)
-        ids = page_ids(self.batch, self.heads, layout.max_pages, first, 1)[row]
-        k, v = reference.decode_pages(state.pool[ids][None], first[None], state, layout)
-        i = page * layout.page_tokens + torch.arange(tokens, device=self.device)
+        k, v = self._coded(row, first, 1)
+        i = first + torch.arange(tokens, device=self.device)
         slots = layout.sinks + i % layout.ring
         state.exact_keys[row, :, slots] = k[0, :, :tokens].to(self.dtype)
         state.exact_values[row, :, slots] = v[0, :, :tokens].to(self.dtype)
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, D] at their slots, zeros elsewhere. Allocates a dense layer."""
+        """Keys and values [B, H, S, D] at their slots, zeros elsewhere. Allocates a dense layer.
+
+        Raises:
+            CacheStateError: tokens have been dropped, and zeros would not do in their place.
+        """
         layout, state = self.layout, self.tensors
+        if layout.tracked and bool(state.meta[:, CODED].any()):
+            raise CacheStateError(
+                f"retention={self.config.retention!r} has dropped tokens, so there are no dense "
+                "keys and values to give. Use scaled_dot_product_attention, or retention='none'."
+            )
         shape = (self.batch, self.heads, layout.max_tokens, layout.head_dim)
         out = tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         ring_i, ring_live = ring_tokens(state.meta, layout)
-        for row, (pad, length, pages, _) in enumerate(state.meta.tolist()):
-            first = torch.zeros(1, dtype=torch.int64, device=self.device)
-            ids = page_ids(self.batch, self.heads, layout.max_pages, first, pages)[row]
-            numbers = torch.arange(pages, device=self.device)[None]
-            coded = reference.decode_pages(state.pool[ids][None], numbers, state, layout)
+        for row, (pad, length, coded, _) in enumerate(state.meta.tolist()):
+            pages = self._coded(row, 0, coded // layout.page_tokens)
             sinks = min(layout.sinks, length)
             where = pad + layout.sinks + ring_i[row][ring_live[row]]
-            for dense, exact, page in zip(out, state[:2], coded, strict=True):
+            for dense, exact, page in zip(out, state[:2], pages, strict=True):
                 dense[row, :, pad : pad + sinks] = exact[row, :, :sinks]
                 start = pad + layout.sinks
-                dense[row, :, start : start + pages * layout.page_tokens] = page[0].to(self.dtype)
+                dense[row, :, start : start + coded] = page[0].to(self.dtype)
                 dense[row, :, where] = exact[row, :, layout.sinks :][:, ring_live[row]]
         return out[0], out[1]
 
-    def select(self, rows: Tensor) -> LayerState:
-        """A state whose row n is row ``rows[n]`` of this one; itself if the batch stays."""
-        if len(rows) == self.batch:
-            target = self
-        else:
-            target = LayerState.__new__(LayerState)
-            target.__dict__.update(self.__dict__, batch=len(rows))
-            if self.budget is not None and target._bytes(self.layout) > self.budget:
-                raise ConfigError(
-                    f"{len(rows)} rows need {target._bytes(self.layout)} bytes a layer, and the "
-                    f"budget leaves {self.budget}. Nothing was changed; raise the budget."
-                )
-        state, layout = self.tensors, self.layout
-        per_row = state.pool[:-1].view(self.batch, -1, layout.page_bytes)
-        exact = [x.index_select(0, rows) for x in (*state[:2], state.meta)]
-        pool = torch.cat([per_row.index_select(0, rows).flatten(0, 1), state.pool[-1:]])
-        if target is self:
-            for old, new in zip((*state[:2], state.meta, state.pool), (*exact, pool), strict=True):
-                old.copy_(new)
-        else:
-            target.tensors = State(exact[0], exact[1], pool, exact[2], *state[4:])
-        return target
+    def with_rows(self, keeper: Keeper, rows: Tensor) -> LayerState:
+        """A state of the layers of ``keeper`` whose row n is row ``rows[n]`` of this one, pages
+        apart; the frames stay."""
+        shape = (len(rows), self.heads, self.layout.head_dim, self.layout.max_tokens)
+        state = LayerState(
+            self.config,
+            *shape,
+            self.dtype,
+            self.device,
+            saved=self._saved,
+            group=self.group,
+            keeper=keeper,
+        )
+        turn = State._fields.index("turn")
+        state.tensors = State(*state.tensors[:turn], *self.tensors[turn:])
+        keeper.states[state.index] = state.tensors
+        state.take_rows(self, rows)
+        return state
+
+    def take_rows(self, source: LayerState, rows: Tensor) -> None:
+        """Let row n be row ``rows[n]`` of another state, or of itself, pages apart."""
+        for old, new in zip(self.tensors[:4], source.tensors[:4], strict=True):
+            old.copy_(new.index_select(0, rows))
 
 
-__all__ = ["LENGTH", "PAD", "PAGES", "LayerState", "Undo"]
+#: Places in ``State`` of what all layers share, or have a part of.
+SHARED = {State._fields.index(name) for name in ("pool", "info", "table")}
+
+__all__ = ["CODED", "LENGTH", "PAD", "LayerState", "Undo", "exact_bytes", "frame_bytes"]

@@ -48,7 +48,7 @@ class Pending:
         with torch.no_grad():
             out = self.state.attend(q, self.k, self.v, mask, self.position, causal, scale)
             self.state.calibrate(q, self.k, self.v, mask, self.position)
-            self.store(mask)
+            self.store(mask, q, scale)
         return out
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -64,14 +64,20 @@ class Pending:
                 k, v = self.state.dense()
                 k.index_copy_(2, self.position, self.k)
                 v.index_copy_(2, self.position, self.v)
-                self.store(None)
+                self.store(None, None, 1.0)
             self._dense = (k, v)
         return self._dense
 
-    def store(self, mask: Tensor | None) -> None:
+    def store(self, mask: Tensor | None, q: Tensor | None, scale: float) -> None:
+        """Store the new tokens; ``q`` is None where the queries were not seen."""
         self.done = True
+        state = self.state
         try:
-            self.state.append(self.k, self.v, mask, self.position)
+            if q is None:  # every token is worth the same
+                batch, heads, tokens, dim = self.k.shape
+                q = self.k.new_zeros(batch, heads * state.group, tokens, dim)
+            state.retain(q, self.k, self.v, mask, self.position, scale)
+            state.append(self.k, self.v, mask, self.position)
         except Exception as error:
             self.journal.rollback()
             error.args = (f"{self.where}: {error}",)

@@ -1,7 +1,8 @@
 """Frames in a file: written by ``skv calibrate``, used through ``Config(frame=...)``.
 
-A safetensors file. Its tensors are the parts of a :class:`Frame` for each layer, side and number
-of digits, as in ``layers.3.key.64.into``, and ``weights`` [n, SAMPLES], a few values of the model.
+A safetensors file. Its tensors are, for each layer and side, the transform that all tiers share, as
+in ``layers.3.key.into``, for each number of digits the rest, as in ``layers.3.key.64.grid``, and
+``weights`` [n, SAMPLES], a few values of the model.
 The metadata is one JSON text: the order of several entries would change from run to run.
 """
 
@@ -25,16 +26,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..lowering.codes import Frame
 from ..lowering.layout import Layout
 
-VERSION = 1
+VERSION = 2
 SAMPLES = 8  # values looked at of each weight
 
 _KEY = "skv_frames"
 SIDES = ("key", "value")
 #: Of each part, as in ``codes.stored``; ``weights`` is float32 too.
-DTYPES = {"into": torch.bfloat16, "grid": torch.float32, "plan": torch.int32, "out": torch.bfloat16}
+DTYPES = {
+    "into": torch.bfloat16,
+    "back": torch.bfloat16,
+    "grid": torch.float32,
+    "plan": torch.uint8,
+    "loss": torch.float32,
+}
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 _MODEL_FIELDS = ("model_type", *_SIZES, "head_dim", "rope_parameters")
 #: Weights that a fine-tuned model shares with nobody: what keys and queries are made with.
@@ -71,7 +77,7 @@ class SavedFrames:
             )
 
     def layer(self, index: int, heads: int, layout: Layout) -> tuple[Tensor, ...]:
-        """The eight tensors of a layer's key and value frame, as they are in the file.
+        """The nine frame tensors of a layer (``lowering.state.State``).
 
         Raises:
             ConfigError: the layer has another shape, or its tier is not in the file.
@@ -89,17 +95,25 @@ class SavedFrames:
                 f"page_tokens of the file ({self.about['page_tokens']}), or run skv calibrate "
                 f"--page-tokens {layout.page_tokens}."
             )
-        digits = (layout.key_digits, layout.value_digits)
-        sides = zip(SIDES, digits, strict=True)
-        names = [tensor_name(index, side, n, part) for side, n in sides for part in Frame._fields]
-        if not all(name in self.tensors for name in names):
-            has = " or ".join(f"{bits:g}" for bits in self.about["bits"])
-            rate = f"{layout.bits_per_coordinate:g}"
-            raise ConfigError(
-                f"{self.path} has frames for bits={has}, and the tier that was asked for has "
-                f"{rate}. Set bits to what the file has, or run skv calibrate with --bits {rate}."
-            )
-        return tuple(self.tensors[name] for name in names)
+        bases: list[Tensor] = []
+        losses: list[Tensor] = []
+        for side, digits in zip(SIDES, zip(*layout.tiers, strict=True), strict=True):
+            if not set(digits) <= set(self.about["layers"][str(index)][side]):
+                has = " or ".join(f"{bits:g}" for bits in self.about["bits"])
+                rate = " and ".join(f"{layout.rate(n):g}" for n in range(len(digits)))
+                raise ConfigError(
+                    f"{self.path} has frames for bits={has}, and tiers of {rate} bits were asked "
+                    "for. Set bits to what the file has, or run skv calibrate without --bits."
+                )
+
+            def part(name: str, n: int | None = None, side: str = side) -> Tensor:
+                return self.tensors[tensor_name(index, side, n, name)]
+
+            grid = torch.stack([part("grid", n) for n in digits], 1)
+            plan = torch.cat([part("plan", n) for n in digits], -1)
+            bases += [part("into"), part("back"), grid, plan]
+            losses.append(torch.stack([part("loss", n) for n in digits], 1))
+        return (*bases, torch.stack(losses, 1))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
@@ -201,8 +215,9 @@ def _load(name: str, full: str, *_changes: int) -> SavedFrames:
     return SavedFrames(about, tensors, name)
 
 
-def tensor_name(index: int | str, side: str, digits: int, part: str) -> str:
-    return f"layers.{index}.{side}.{digits}.{part}"
+def tensor_name(index: int | str, side: str, digits: int | None, part: str) -> str:
+    """The name of a part of a frame; without digits, one that all tiers share."""
+    return f"layers.{index}.{side}.{part if digits is None else f'{digits}.{part}'}"
 
 
 def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -222,10 +237,12 @@ def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str
     shapes: dict[str, tuple[int, ...]] = {"weights": (len(about["weights"]), SAMPLES)}
     for index, layer in about["layers"].items():
         heads, dim = layer["shape"]
-        for side, n in [(s, n) for s in SIDES for n in layer[s]]:
-            parts = {"into": (dim, dim), "grid": (3, dim), "plan": (2, n), "out": (n + 1, dim)}
-            names = {part: tensor_name(index, side, n, part) for part in Frame._fields}
-            shapes |= {names[part]: (heads, *parts[part]) for part in names}
+        for side in SIDES:
+            for name, size in (("into", (dim, dim)), ("back", (dim + 1, dim))):
+                shapes[tensor_name(index, side, None, name)] = (heads, *size)
+            for n in layer[side]:
+                for part, rest in (("grid", (3, dim)), ("plan", (2, n)), ("loss", ())):
+                    shapes[tensor_name(index, side, n, part)] = (heads, *rest)
     for name in sorted(shapes.keys() - tensors.keys()):
         yield f"is damaged: {name} is missing"
     for name in sorted(tensors.keys() - shapes.keys()):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import HEAD_DIMS, Config
 from ..errors import ConfigError, UnsupportedError
-from ..lowering.codes import decode_radius, encode_radius
+from ..lowering.codes import Basis, decode_radius, encode_radius, stored
 from ..lowering.grid import grid_frame
-from ..lowering.layout import EXACT_DTYPES, Layout
+from ..lowering.layout import EXACT_DTYPES, Digits, Layout
 from ..lowering.reference.pages import encode_side, unit_codes
 from ..lowering.rings import BOOKS, ring_frame
+from ..retention.policies import POLICIES
 
 #: (digits a coordinate of keys, of values), coarse to fine. Keys need more bits than values.
 GRID_TIERS = ((1, 1), (2, 1), (2, 2))
@@ -22,8 +25,18 @@ GRID_TIERS = ((1, 1), (2, 1), (2, 2))
 #: split at every rate.
 FRAME_TIERS = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16))
 
+#: Where tiers share pages: tokens of a page in halves of those of the unit tier (8, 8), so that
+#: all fill the same bytes.
+SHARED_TIERS = (4, 3, 2, 1.5, 1)
+
 CALIBRATE_TOKENS = 256  # a shorter first prompt is coded in the fixed rotation
 BLOCK_TOKENS = 128  # keys this close share one rotary turn
+STRIDE = 64  # tokens that leave the window together
+OBSERVED = 16  # queries kept of as many
+#: Tokens of a page, by the tokens of the cache: every head has a page begun in every tier, which
+#: must be little beside what it holds.
+PAGE_TOKENS = ((8192, 16), (32768, 32))
+LARGE_PAGE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -32,10 +45,11 @@ class Tier:
 
     name: str
     layout: Layout
+    index: int = 0
 
     @property
     def rate(self) -> float:
-        return self.layout.bits_per_coordinate
+        return self.layout.rate(self.index)
 
     @property
     def distortion(self) -> tuple[float, float]:
@@ -44,82 +58,133 @@ class Tier:
         In a frame fitted to real keys the error lies where it matters least, and what counts is
         the KL in ``benchmarks/results/fidelity.json``.
         """
-        return _distortion(self.layout)
+        layout = self.layout
+        return _distortion(layout.kind, layout.head_dim, layout.tiers[self.index])
 
 
 @lru_cache(maxsize=64)
-def _distortion(layout: Layout) -> tuple[float, float]:
-    if layout.kind == "exact":
+def _distortion(kind: str, dim: int, digits: Digits) -> tuple[float, float]:
+    if kind == "exact":
         return 0.0, 0.0
-    dim, device = layout.head_dim, torch.device("cpu")
+    layout = Layout(kind, dim, 0, 8, 0, 0, 8, (digits,))
+    device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, 2048, dim, generator=generator)
     found = []
-    for digits, unbiased in ((layout.key_digits, True), (layout.value_digits, False)):
-        if layout.kind == "rings":
-            frame = ring_frame(1, dim, device)
-        else:
-            frame = grid_frame(1, dim, digits, device)
-        packed, radius = encode_side(x, frame, layout, unbiased)
+    for n, unbiased in ((digits.key, True), (digits.value, False)):
+        frame = ring_frame(1, dim, device) if kind == "rings" else grid_frame(1, dim, n, device)
+        packed, radius = encode_side(x, frame, layout, 0, unbiased)
         radius = decode_radius(encode_radius(radius))[..., None]
-        decoded = (unit_codes(packed, layout) @ frame.out[:, :-1]) * radius
+        decoded = (unit_codes(packed, layout, 0) @ frame.out[:, :-1]) * radius
         found.append(float((decoded - x).square().sum() / x.square().sum()))
     return found[0], found[1]
 
 
-def tiers(
+def frames_of(layout: Layout, heads: int, device: torch.device) -> tuple[Tensor, ...]:
+    """The nine frame tensors of a layer before anything is fitted; layers may share them."""
+    if layout.kind == "exact":
+        return (torch.empty(0, device=device),) * 9
+    bases = []
+    for side in (0, 1):
+        if layout.kind == "rings":
+            one = ring_frame(heads, layout.head_dim, device)
+            basis = Basis.of([one] * len(layout.tiers))
+        else:
+            digits = [tier[side] for tier in layout.tiers]
+            basis = Basis.of([grid_frame(heads, layout.head_dim, n, device) for n in digits])
+        bases.append(stored(basis) if layout.calibrate else basis)
+    errors = [_distortion(layout.kind, layout.head_dim, tier) for tier in layout.tiers]
+    key, value = zip(*errors, strict=True)
+    loss = torch.tensor([key, [layout.head_dim * x for x in value]], device=device)
+    return (*bases[0], *bases[1], loss.expand(heads, -1, -1).contiguous())
+
+
+def layouts(
     config: Config, head_dim: int, max_tokens: int, dtype: str, turned: bool = False
-) -> list[Tier]:
-    """All tiers of a codec for a head dim, coarse to fine.
+) -> list[Layout]:
+    """Layouts of pages of consecutive tokens, one for each tier of a codec, coarse to fine.
 
     ``turned``: the model has a rotary plan.
     """
-    common = (head_dim, max_tokens, config.page_tokens, config.sinks, config.recent)
-    if config.codec == "identity":
-        return [Tier("exact", Layout("exact", *common, dtype=dtype))]
-    if config.codec == "grid":
-        return [
-            Tier(
-                f"k{2 * key}v{2 * value}",
-                Layout("digits", *common, key * head_dim, value * head_dim, dtype=dtype),
-            )
-            for key, value in GRID_TIERS
-        ]
-    if config.codec == "rings":
-        return [
-            Tier(
-                f"rings{4**digits}",
-                Layout("rings", *common, *(2 * (digits * head_dim // 2,)), dtype=dtype),
-            )
-            for digits in BOOKS
-        ]
-    block = max(config.page_tokens, BLOCK_TOKENS // config.page_tokens * config.page_tokens)
-    found: dict[tuple[int, int], Tier] = {}
-    for key, value in FRAME_TIERS:
-        # Whole words of eight digits; small head dims have fewer tiers.
-        digits = max(8, key * head_dim // 64 * 8), max(8, value * head_dim // 64 * 8)
-        layout = Layout(
-            "digits",
-            *common,
-            key_digits=digits[0],
-            value_digits=digits[1],
-            block=block if turned else 0,
-            calibrate=CALIBRATE_TOKENS,
+    size = config.page_tokens or LARGE_PAGE_TOKENS
+    block = max(size, BLOCK_TOKENS // size * size) if turned else 0
+
+    def layout(kind: str, digits: Digits, **more: Any) -> Layout:
+        return Layout(
+            kind,
+            head_dim,
+            max_tokens,
+            size,
+            config.sinks,
+            config.recent,
+            size,
+            (digits,),
             dtype=dtype,
+            **more,
         )
-        found.setdefault(digits, Tier(f"k{key / 4:g}v{value / 4:g}", layout))
-    return list(found.values())
+
+    if config.codec == "identity":
+        return [layout("exact", Digits(0, 0))]
+    if config.codec == "grid":
+        pairs = [Digits(key * head_dim, value * head_dim) for key, value in GRID_TIERS]
+        return [layout("digits", digits) for digits in pairs]
+    if config.codec == "rings":
+        sizes = [digits * head_dim // 2 for digits in BOOKS]
+        return [layout("rings", Digits(n, n)) for n in sizes]
+    # Whole words of eight digits; small head dims have fewer tiers.
+    words = [Digits(*(max(8, n * head_dim // 64 * 8) for n in pair)) for pair in FRAME_TIERS]
+    calibrate = 0 if config.frame is not None else CALIBRATE_TOKENS
+    return [
+        layout("digits", digits, block=block, calibrate=calibrate)
+        for digits in dict.fromkeys(words)
+    ]
 
 
-def choose_tier(
+def shared_layout(
     config: Config, head_dim: int, max_tokens: int, dtype: str, turned: bool = False
-) -> Tier:
-    """The finest tier whose rate fits ``config.bits``.
+) -> Layout:
+    """The layout of pages of chosen tokens in all tiers of a codec."""
+    size = config.page_tokens
+    if size is None:
+        sizes = [n for most, n in PAGE_TOKENS if max_tokens <= most]
+        size = sizes[0] if sizes else LARGE_PAGE_TOKENS
+    plain = layouts(config, head_dim, max_tokens, dtype, turned)
+    first = plain[0]
+    digits, unit = [layout.tiers[0] for layout in plain], len(plain) // 2
+    if config.codec == "frame":
+        digits, unit = shared_digits(head_dim)
+    stride = max(STRIDE, size)
+    return replace(
+        first,
+        page_tokens=size,
+        stride=stride,
+        tiers=tuple(digits),
+        unit=unit,
+        tracked=True,
+        block=BLOCK_TOKENS if first.block else 0,
+        observed=OBSERVED if POLICIES[config.retention].queries else 0,
+    )
 
-    Raises:
-        UnsupportedError: the head dim or the dtype has no tier.
-        ConfigError: not even the coarsest tier fits.
-    """
+
+def shared_digits(head_dim: int) -> tuple[list[Digits], int]:
+    """Digits of the frame's tiers that fill equal pages, and which of them is the unit."""
+    overhead = 4  # bytes: two radii, gap and score
+    unit_bytes = 2 * head_dim // 4 + overhead
+    found: list[Digits] = []
+    unit = 0
+    for halves in SHARED_TIERS:
+        words = int((unit_bytes * 2 / halves - overhead) // 2)  # of eight digits, both sides
+        key = max(1, (words + 1) // 2)
+        digits = Digits(8 * key, 8 * max(1, words - key))
+        if not found or digits != found[-1]:
+            found.append(digits)
+        if halves == 2:
+            unit = len(found) - 1
+    return found, unit
+
+
+def check_shape(head_dim: int, dtype: str) -> None:
+    """Raise UnsupportedError for a head dim or dtype without tiers."""
     if head_dim not in HEAD_DIMS:
         raise UnsupportedError(
             f"head_dim={head_dim} is not supported; supported are "
@@ -129,13 +194,50 @@ def choose_tier(
         raise UnsupportedError(
             f"a cache of dtype {dtype} is not supported; supported are {', '.join(EXACT_DTYPES)}."
         )
-    available = tiers(config, head_dim, max_tokens, dtype, turned)
+
+
+def choose_layout(
+    config: Config, head_dim: int, max_tokens: int, dtype: str, turned: bool = False
+) -> Layout:
+    """All tiers of the codec where a policy chooses among them; else the finest tier whose rate
+    fits ``config.bits``.
+
+    Raises:
+        UnsupportedError: the head dim or the dtype has no tier.
+        ConfigError: not even the coarsest tier fits.
+    """
+    check_shape(head_dim, dtype)
+    if config.retention != "none":
+        return shared_layout(config, head_dim, max_tokens, dtype, turned)
+    available = layouts(config, head_dim, max_tokens, dtype, turned)
     if config.codec == "identity":
         return available[0]
-    fitting = [tier for tier in available if tier.rate <= config.bits + 1e-9]
+    fitting = [layout for layout in available if layout.rate(0) <= config.bits + 1e-9]
     if not fitting:
         raise ConfigError(
             f"bits={config.bits} is below the coarsest tier for head_dim {head_dim}, "
-            f"{available[0].rate:.4g} bits per coordinate. Ask for at least that."
+            f"{available[0].rate(0):.4g} bits per coordinate. Ask for at least that, or for a "
+            "retention policy."
         )
     return fitting[-1]
+
+
+def tier_name(layout: Layout, tier: int) -> str:
+    """Such as k2v2: bits a coordinate of keys and of values, without radius and header."""
+    if layout.kind == "exact":
+        return "exact"
+    digits = layout.tiers[tier]
+    if layout.kind == "rings":
+        return f"rings{4 ** layout.cell_digits[tier]}"
+    return f"k{2 * digits.key / layout.head_dim:g}v{2 * digits.value / layout.head_dim:g}"
+
+
+def tier_names(layout: Layout) -> str:
+    """All tiers of a layout in one word: ``k2v2``, or ``k1v1..k4v4``."""
+    names = [tier_name(layout, n) for n in range(len(layout.tiers))]
+    return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+
+
+def tiers(layout: Layout) -> list[Tier]:
+    """The tiers of a layout, coarse to fine."""
+    return [Tier(tier_name(layout, n), layout, n) for n in range(len(layout.tiers))]

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from skv_compile.codec.saved import SavedFrames
-    from skv_compile.codec.tiers import Tier
     from skv_compile.config import Config
     from skv_compile.lowering.layout import Layout
 
@@ -126,12 +125,12 @@ class Calibration:
             for layer in self.cache.layers
             if isinstance(layer, SphericalLayer) and layer.state is not None
         }
-        self.tiers: dict[int, list[Tier]] = {}
+        self.layouts: dict[int, Layout] = {}
         for index, state in self.states.items():
             dim = state.layout.head_dim
             turned = rotary_plan(model.config, dim) is not None
-            self.tiers[index] = _tiers(configs, every_tier, dim, turned)
-        self.steps = len(sequences) + sum(map(len, self.tiers.values()))
+            self.layouts[index] = _layout(configs, every_tier, dim, turned)
+        self.steps = len(sequences) + len(self.layouts)
 
     def _forward(self, ids: list[int]) -> None:
         """One sequence through the model's body: no logits are needed."""
@@ -153,28 +152,26 @@ class Calibration:
             for ids in self.sequences:
                 self._forward(ids)
                 advance()
-        for index, tiers in self.tiers.items():
+        for index, layout in self.layouts.items():
             rows = seen.pop(index)
             if len(rows) != len(self.sequences):
                 raise SkvError(
                     f"layer {index} went past scaled_dot_product_attention, so its queries were "
                     "not seen. Load the model with attn_implementation='sdpa'."
                 )
-            for tier in tiers:
-                tensors |= self._fit(index, rows, tier.layout)
-                advance()
+            tensors |= self._fit(index, rows, layout)
+            advance()
         weights = saved.sample_weights(self.model)
         samples = [weight[None] for weight in weights.values()]
         tensors["weights"] = torch.cat([torch.empty(0, saved.SAMPLES), *samples])
         return saved.SavedFrames(self._about(name, list(weights)), tensors)
 
     def _fit(self, index: int, rows: list[tuple[Tensor, ...]], layout: Layout) -> dict[str, Tensor]:
-        """Named tensors of a layer's two frames for one tier."""
+        """Named tensors of a layer's frames in all tiers."""
         import torch
 
         from skv_compile.codec import saved
         from skv_compile.codec.rotary import rotary_plan
-        from skv_compile.lowering.codes import Frame
         from skv_compile.lowering.reference.calibrate import fit_frames
 
         # Shorter sequences are padded on the left, as in any batch.
@@ -187,46 +184,60 @@ class Calibration:
         mask = (t >= self.longest - lengths[:, None])[:, None, None]
         plan = rotary_plan(self.model.config, layout.head_dim)
         turn = torch.empty(0) if plan is None else plan
-        frames = fit_frames(q, k, v, mask, t, turn.to(k.device), layout)
-        digits = (layout.key_digits, layout.value_digits)
-        return {
-            saved.tensor_name(index, side, n, part): x.to(saved.DTYPES[part])
-            for side, n, frame in zip(saved.SIDES, digits, frames, strict=True)
-            for part, x in zip(Frame._fields, frame, strict=True)
-        }
+        *bases, loss = fit_frames(q, k, v, mask, t, turn.to(k.device), layout)
+        found: dict[str, Tensor] = {}
+        for n, (side, basis) in enumerate(zip(saved.SIDES, bases, strict=True)):
+            found[saved.tensor_name(index, side, None, "into")] = basis.into
+            found[saved.tensor_name(index, side, None, "back")] = basis.back
+            for tier, digits in enumerate(layout.tiers):
+                frame = basis.frame(tier, layout.digits_before(tier)[n], digits[n])
+                for part, x in (
+                    ("grid", frame.grid),
+                    ("plan", frame.plan),
+                    ("loss", loss[:, n, tier]),
+                ):
+                    found[saved.tensor_name(index, side, digits[n], part)] = x
+        return found
 
     def _about(self, name: str, weights: list[str]) -> dict[str, Any]:
         from skv_compile.codec import saved
 
         layers = {
             str(index): {
-                "shape": [self.states[index].heads, tiers[0].layout.head_dim],
-                "key": sorted({tier.layout.key_digits for tier in tiers}),
-                "value": sorted({tier.layout.value_digits for tier in tiers}),
+                "shape": [self.states[index].heads, layout.head_dim],
+                "key": sorted({tier.key for tier in layout.tiers}),
+                "value": sorted({tier.value for tier in layout.tiers}),
             }
-            for index, tiers in self.tiers.items()
+            for index, layout in self.layouts.items()
         }
-        first = next(iter(self.tiers.values()))
+        first = next(iter(self.layouts.values()))
         return {
             "version": saved.VERSION,
             "name": name,
             "model": saved.identity(self.model.config),
             "layers": layers,
-            "bits": [tier.rate for tier in first],
-            **{key: getattr(first[0].layout, key) for key in ("block", "page_tokens")},
+            "bits": [first.rate(n) for n in range(len(first.tiers))],
+            **{key: getattr(first, key) for key in ("block", "page_tokens")},
             "sequence_tokens": [len(ids) for ids in self.sequences],
             "weights": weights,
         }
 
 
-def _tiers(configs: list[Config], every: bool, dim: int, turned: bool) -> list[Tier]:
-    """The tiers to fit, coarse to fine, each once."""
-    from skv_compile.codec.tiers import choose_tier, tiers
+def _layout(configs: list[Config], every: bool, dim: int, turned: bool) -> Layout:
+    """A layout whose tiers are those to fit, coarse to fine, each once."""
+    from dataclasses import replace
 
+    from skv_compile.codec.tiers import choose_layout, layouts, shared_layout
+
+    shape = (dim, 0, "float32", turned)
     if every:
-        return tiers(configs[0], dim, 0, "float32", turned)
-    chosen = [choose_tier(config, dim, 0, "float32", turned) for config in configs]
-    return sorted(dict.fromkeys(chosen), key=lambda tier: tier.rate)
+        chosen = [*layouts(configs[0], *shape), shared_layout(configs[0], *shape)]
+    else:
+        chosen = [choose_layout(config, *shape) for config in configs]
+    digits = dict.fromkeys(tier for layout in chosen for tier in layout.tiers)
+    tiers = tuple(sorted(digits, key=sum))
+    unit = min(range(len(tiers)), key=lambda n: abs(sum(tiers[n]) - 2 * dim))
+    return replace(chosen[0], tiers=tiers, unit=unit)
 
 
 @contextlib.contextmanager

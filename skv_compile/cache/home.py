@@ -1,0 +1,98 @@
+"""Layers that share a pool: what it is made of, and how large it gets."""
+
+from __future__ import annotations
+
+import torch
+
+from ..codec.tiers import choose_layout, layouts
+from ..config import Config
+from ..errors import ConfigError
+from ..lowering.layout import EXACT_DTYPES, PAGE_HEADER, Layout
+from ..retention.budget import Rule
+from ..retention.heads import Heads
+from ..retention.keeper import Keeper
+from ..retention.policies import make_policy
+from .pool import Pool
+
+
+def make_keeper(
+    config: Config,
+    layers: int,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: int,
+    budget: int | None,
+    turned: bool,
+) -> Keeper:
+    """The pool of ``layers`` equal layers and its keeper; the states join it one by one.
+
+    Args:
+        group: query heads of a kv head. budget: bytes for all these layers, or None.
+        turned: the model has a rotary plan.
+
+    Raises:
+        ConfigError: the budget does not hold the sinks, the window and the least of pages.
+    """
+    name = str(dtype).removeprefix("torch.")
+    policy = make_policy(config)
+    layout = choose_layout(config, head_dim, max_tokens, name, turned)
+    if budget is not None and policy is None:
+        layout = _finest_within(config, layout, layers, batch, heads, group, budget, turned)
+    rule = Rule(layout, layers * batch * heads, None if budget is not None else config.bits)
+    if policy is not None and budget is not None:
+        own = exact_bytes(layout, batch, heads, group) + frame_bytes(layout, heads)
+        budget -= layers * own
+    pages = None if policy is None else rule.pool_pages(budget)
+    pool = Pool(layers, batch, heads, layout, pages, device)
+    tier = len(layout.tiers) - 1
+    return Keeper(pool, policy, Heads.empty(layout, layers, batch, heads, tier, device), rule)
+
+
+def exact_bytes(layout: Layout, batch: int, heads: int, group: int) -> int:
+    """Bytes of a layer's sinks, window and kept queries."""
+    vectors = 2 * layout.exact_slots + group * layout.observed
+    return batch * heads * vectors * layout.head_dim * EXACT_DTYPES[layout.dtype].itemsize
+
+
+def frame_bytes(layout: Layout, heads: int) -> int:
+    """Bytes of the frames that a layer has of its own."""
+    if not layout.calibrate:
+        return 0
+    dim, tiers = layout.head_dim, len(layout.tiers)
+    transforms = 2 * 2 * (dim * dim + (dim + 1) * dim)
+    grids = 2 * tiers * 3 * dim * 4 + 2 * tiers * 4
+    plans = 2 * sum(tier.key + tier.value for tier in layout.tiers)
+    return heads * (transforms + grids + plans)
+
+
+def _finest_within(
+    config: Config,
+    best: Layout,
+    layers: int,
+    batch: int,
+    heads: int,
+    group: int,
+    budget: int,
+    turned: bool,
+) -> Layout:
+    """The finest tier, no finer than ``best``, that keeps all tokens within the budget."""
+    chosen, sizes = None, []
+    for layout in layouts(config, best.head_dim, best.max_tokens, best.dtype, turned):
+        pages = batch * heads * layout.max_pages * (layout.page_bytes + PAGE_HEADER)
+        own = exact_bytes(layout, batch, heads, group) + frame_bytes(layout, heads)
+        sizes.append(layers * (pages + own))
+        if layout.rate(0) <= best.rate(0) and sizes[-1] <= budget:
+            chosen = layout
+    if chosen is None:
+        window = layers * exact_bytes(best, batch, heads, group)
+        raise ConfigError(
+            f"budget of {budget} bytes for {layers} layers is too small: sinks and recent window "
+            f"alone take {window}, the coarsest tier {min(sizes)} for {best.max_tokens} tokens. "
+            "Raise the budget, lower max_cache_len, sinks or recent, or let a retention policy "
+            "drop tokens."
+        )
+    return chosen

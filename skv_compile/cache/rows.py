@@ -1,0 +1,63 @@
+"""Rows of a cache selected, repeated or reordered, in all layers together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .home import make_keeper
+from .layer import SphericalLayer
+from .state import LayerState
+
+
+def select_rows(layers: Sequence[Any], indices: Tensor) -> None:
+    """Let row n of every layer be what its row ``indices[n]`` is (a bool mask also selects).
+
+    With as many rows as before everything stays where it is; else the compressed layers get a
+    new pool, made before the old one goes.
+
+    Raises:
+        ConfigError: the budget does not hold so many rows. Nothing is changed.
+    """
+    if indices.dtype == torch.bool:
+        indices = indices.nonzero().flatten()
+    full = [x for x in layers if isinstance(x, SphericalLayer) and x.state is not None]
+    states = [layer.state for layer in full]
+    made = _selected([s for s in states if s is not None], indices)
+    for layer in layers:
+        if not isinstance(layer, SphericalLayer) and layer.is_initialized:
+            layer.batch_select_indices(indices)
+    for layer, state in zip(full, made, strict=True):
+        if state is not layer.state:
+            layer.adopt(state)
+
+
+def _selected(states: list[LayerState], indices: Tensor) -> list[LayerState]:
+    if not states:
+        return []
+    indices = indices.to(states[0].device)
+    keepers = {id(s.keeper): s.keeper for s in states}
+    if len(indices) == states[0].batch:
+        for keeper in keepers.values():
+            keeper.select(keeper, indices)
+        for state in states:
+            state.take_rows(state, indices)
+        return states
+    fresh: dict[int, Any] = {}
+    for key, keeper in keepers.items():
+        first = next(s for s in states if s.keeper is keeper)
+        layout, count = first.layout, keeper.pool.layers
+        shape = (len(indices), first.heads, layout.head_dim, layout.max_tokens)
+        budget = first.config.budget_bytes
+        part = None if budget is None else budget * count // len(states)
+        turned = layout.block > 0
+        fresh[key] = make_keeper(
+            first.config, count, *shape, first.dtype, first.device, first.group, part, turned
+        )
+    made = [state.with_rows(fresh[id(state.keeper)], indices) for state in states]
+    for key, keeper in keepers.items():
+        fresh[key].select(keeper, indices)
+    return made

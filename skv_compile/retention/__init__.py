@@ -1,0 +1,1 @@
+"""Which tokens stay, and how well they are stored, under one budget."""

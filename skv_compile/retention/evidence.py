@@ -1,0 +1,107 @@
+"""Which queries are looked at, and the exact tokens that they see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..lowering.layout import Layout
+from ..lowering.reference.intake import Intake, Sources
+from ..lowering.state import CODED, LENGTH, State, ring_tokens
+
+LAST, SPREAD = 64, 256
+
+
+@dataclass
+class Queries:
+    """Sampled queries ``q`` [B, Hq, S, D] of the tokens ``i`` [B, S] (counted from the first
+    after the sinks), where ``live`` [B, S]."""
+
+    q: Tensor
+    i: Tensor
+    live: Tensor
+
+
+@dataclass
+class Exact:
+    """Tokens that are still exact: ``k``, ``v`` [B, H, n, D] of ``i`` [B, n] where ``live``.
+
+    The sinks come first, at negative i.
+    """
+
+    k: Tensor
+    v: Tensor
+    i: Tensor
+    live: Tensor
+
+    @staticmethod
+    def of_forward(
+        k: Tensor, v: Tensor, found: Intake, sources: Sources, state: State, layout: Layout
+    ) -> Exact:
+        """Of a forward: sinks, what the ring held, and the forward's own; i is the place."""
+        batch, _, tokens, dim = k.shape
+        t = torch.arange(layout.sinks, device=k.device).expand(batch, -1)
+        new = (t - found.length[:, None] + found.lead[:, None]).clamp(0, tokens - 1)
+        at = new[:, None, :, None].expand(-1, k.shape[1], -1, dim)
+        is_old = (t < found.length[:, None])[:, None, :, None]
+        sinks = [
+            torch.where(is_old, exact[:, :, : layout.sinks], x.gather(2, at))
+            for exact, x in ((state.exact_keys, k), (state.exact_values, v))
+        ]
+        n = max(0, int(found.new_length.max()) - layout.sinks)
+        i = torch.arange(n, device=k.device).expand(batch, -1)
+        live = (i >= found.coded[:, None]) & (i < found.new_length[:, None] - layout.sinks)
+        rest = sources.pick(torch.where(live, i, found.coded[:, None]))
+        keys, values = (torch.cat(pair, 2) for pair in zip(sinks, rest, strict=True))
+        live = torch.cat([t < found.new_length[:, None], live], 1)
+        return Exact(keys, values, torch.cat([t - layout.sinks, i], 1), live)
+
+
+def forward_queries(q: Tensor, found: Intake, layout: Layout, way: str) -> Queries:
+    """Of a forward's queries [B, Hq, T, D], the last ones or some spread over it; ``""``: none."""
+    tokens = q.shape[2]
+    if way == "spread":
+        count = min(SPREAD, tokens)
+        index = torch.linspace(0, tokens - 1, count, device=q.device).round().long()
+    else:
+        count = min(LAST, tokens) if way else 0
+        index = torch.arange(tokens - count, tokens, device=q.device)
+    i = found.new_length[:, None] - layout.sinks - tokens + index
+    return Queries(q[:, :, index], i, i >= -layout.sinks)
+
+
+def ring_queries(state: State, layout: Layout) -> tuple[Queries, Exact]:
+    """The queries kept with the ring (``lowering.reference.retain``), and all exact tokens."""
+    meta = state.meta
+    ring, live = ring_tokens(meta, layout)
+    t = torch.arange(layout.sinks, device=meta.device).expand(len(meta), -1)
+    i = torch.cat([t - layout.sinks, ring], 1)
+    exact = Exact(
+        state.exact_keys, state.exact_values, i, torch.cat([t < meta[:, LENGTH, None], live], 1)
+    )
+    if layout.observed == 0:
+        return Queries(state.queries, i[:, :0], live[:, :0]), exact
+    number, live = kept_numbers(meta[:, LENGTH] - layout.sinks, layout)
+    live = live & (number >= meta[:, CODED, None])
+    return Queries(state.queries, number, live), exact
+
+
+def kept_numbers(count: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """After ``count`` [B] tokens: which i each slot of kept queries has, and whether it has one."""
+    every = layout.stride // layout.observed
+    slot = torch.arange(layout.observed, device=count.device)
+    last = count[:, None] // every - 1  # number of the last one kept
+    number = last - (last - slot) % layout.observed
+    return number * every + every - 1, number >= 0
+
+
+def kept_queries(q: Tensor, found: Intake, state: State, layout: Layout) -> None:
+    """Keep those of a forward's queries [B, Hq, T, D] that ``retain`` would have kept."""
+    tokens = q.shape[2]
+    i, live = kept_numbers(found.new_length - layout.sinks, layout)
+    index = i - (found.new_length[:, None] - layout.sinks - tokens)
+    take = (live & (index >= 0))[:, None, :, None]
+    at = index.clamp(0, tokens - 1)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    state.queries.copy_(torch.where(take, q.gather(2, at), state.queries))

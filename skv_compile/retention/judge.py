@@ -1,0 +1,142 @@
+"""Scores of tokens, and what is known of their heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..lowering.codes import Basis
+from ..lowering.reference.pages import turn_keys
+from ..lowering.state import State
+from .evidence import Exact, Queries
+from .heads import Heads
+from .observe import Evidence, look
+from .policies.base import Policy
+from .tokens import Content, Tokens
+
+SURPRISE_DECAY = 0.9  # of Heads.surprise at every refresh
+
+
+class Judge:
+    """Turns what queries see into scores, as the policy says, and keeps ``heads`` up to date."""
+
+    def __init__(self, policy: Policy | None, heads: Heads) -> None:
+        self.policy, self.heads = policy, heads
+        self._known: set[int] = set()
+
+    def forget(self, layer: int) -> None:
+        """A layer begins anew."""
+        self._known.discard(layer)
+
+    def copy(self, other: Judge, layer: int, rows: Tensor) -> None:
+        """Know of row n of a layer what another judge knows of row ``rows[n]``."""
+        mine, theirs = self.heads, other.heads
+        if layer in other._known:
+            self._known.add(layer)
+        for name in ("query_energy", "norm", "spread", "surprise"):
+            old = getattr(theirs, name).view(theirs.layers, theirs.batch, theirs.heads)[layer]
+            new = getattr(mine, name).view(mine.layers, mine.batch, mine.heads)[layer]
+            new.copy_(old.index_select(0, rows))
+        for name in ("key_loss", "value_loss", "value_energy"):
+            getattr(mine, name).copy_(getattr(theirs, name))
+        mine.scale = theirs.scale
+
+    def judge(
+        self,
+        layer: int,
+        state: State,
+        queries: Queries,
+        exact: Exact,
+        content: Content,
+        moved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+        prompt: bool,
+    ) -> tuple[Tokens, Tokens]:
+        """Coded tokens of a layer with their new scores, and the tokens that are to be coded.
+
+        ``moved``: k, v [B, H, n, D], i, live [B, n] of the latter, and where [B, n] they stand
+        in ``exact``. Those are in the order of [B, H, n], at level 0 where not live.
+        """
+        policy, heads = self.policy, self.heads
+        assert policy is not None
+        k, v, i, live, at = moved
+        batch, n = i.shape
+        group = layer * batch * heads.heads
+        score = k.new_zeros(batch, heads.heads, n, dtype=torch.float32)
+        old = Tokens.cat(content.tokens)
+        if policy.queries:
+            found = look(
+                queries,
+                exact,
+                content,
+                group,
+                state,
+                heads.layout,
+                heads.scale,
+                prompt,
+                policy.observe,
+            )
+            index = at.clamp(max=found.exact.shape[2] - 1)[:, None].expand(-1, heads.heads, -1)
+            score = found.exact.gather(2, index)
+            seen = torch.cat(found.coded)
+            if layer not in self._known:
+                self._learn(layer, state, found)
+            else:
+                self._surprise(layer, old, seen)
+            old.score = policy.update(old.score, seen)
+        numbers = group + torch.arange(batch * heads.heads, device=k.device)
+        every = numbers.view(batch, heads.heads, 1).expand_as(score)
+        row_live = live[:, None].expand_as(score)
+        level = torch.where(row_live, heads.tiers, 0)
+        key_radius, value_radius = _radii(k, v, i, state, heads)
+        fresh = Tokens(
+            every.flatten(),
+            i[:, None].expand_as(score).flatten(),
+            level.flatten(),
+            score.flatten(),
+            key_radius.flatten(),
+            value_radius.flatten(),
+            torch.ones_like(row_live).flatten(),
+        )
+        return old, fresh
+
+    def _learn(self, layer: int, state: State, found: Evidence) -> None:
+        heads = self.heads
+        self._known.add(layer)
+        size = heads.batch * heads.heads
+        mine, rows = (
+            slice(layer * size, (layer + 1) * size),
+            slice(layer * heads.heads, (layer + 1) * heads.heads),
+        )
+        for name in ("query_energy", "norm", "spread"):
+            getattr(heads, name)[mine] = getattr(found, name).flatten()
+        heads.surprise[mine] = 0
+        if state.loss.numel():
+            heads.key_loss[rows], heads.value_loss[rows] = state.loss.unbind(1)
+            heads.value_energy[rows] = state.value_back[:, :-1].float().square().sum((1, 2))
+
+    def _surprise(self, layer: int, old: Tokens, seen: Tensor) -> None:
+        """Attention that the scores did not expect, the mean over a group's tokens."""
+        heads = self.heads
+        size = heads.batch * heads.heads
+        mine = slice(layer * size, (layer + 1) * size)
+        local = old.group - layer * size
+        rise = (seen - old.score).clamp(min=0)
+        total = torch.zeros(size, device=rise.device).index_add_(0, local, rise)
+        count = torch.bincount(local, minlength=size).clamp(min=1)
+        heads.surprise[mine] = SURPRISE_DECAY * heads.surprise[mine] + total / count
+
+
+def _radii(k: Tensor, v: Tensor, i: Tensor, state: State, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Root mean square [B, H, n] of keys and values in their frames."""
+    if heads.layout.kind == "exact":
+        one: Any = torch.ones(k.shape[:3], device=k.device)
+        return one, one
+    k = turn_keys(k, i[:, None], state, heads.layout, -1)
+    return _rms(k, state.key_basis), _rms(v, state.value_basis)
+
+
+def _rms(x: Tensor, basis: Basis) -> Tensor:
+    z = (x.float() - basis.back[:, -1:].float()) @ basis.into.float()
+    return z.square().mean(-1).sqrt()

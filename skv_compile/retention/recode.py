@@ -1,0 +1,135 @@
+"""From level to level: coding new tokens, and coding tokens of a finer tier anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..lowering.layout import Layout
+from ..lowering.reference.pages import Records, decode_records, encode_records
+from ..lowering.state import FIRST_FRAME, State
+from .heads import Heads
+from .observe import Padded
+from .tokens import Content, Tokens
+
+GROUPS = 256  # coded at once
+
+
+def encode_tokens(tokens: Tokens, k: Tensor, v: Tensor, state: State, layout: Layout) -> Content:
+    """Code tokens of one layer at their levels.
+
+    ``k``, ``v`` [B, H, n, D] are the vectors of all of them, dropped ones too: token j of
+    ``tokens`` is element j of [B, H, n].
+    """
+    batch, heads, n, _ = k.shape
+    parts: list[Tokens] = []
+    records: list[Records] = []
+    for tier in range(len(layout.tiers)):
+        chosen = (tokens.level == tier + 1).view(batch, heads, n)
+        index = chosen.flatten().nonzero().squeeze(1)
+        parts.append(tokens[index])
+        if len(index) == 0:
+            records.append({})
+            continue
+        most = int(chosen.sum(-1).max())
+        order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+        at = order.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+        i = tokens.i.view(batch, heads, n).gather(2, order)
+        found = encode_records(k.gather(2, at), v.gather(2, at), i, state, layout, tier)
+        there = chosen.gather(2, order)
+        records.append({name: x[there] for name, x in found.items()})
+    return Content(parts, records)
+
+
+def relevel(
+    content: Content, levels: Sequence[Tensor], states: Sequence[State], heads: Heads
+) -> Content:
+    """Coded tokens at new levels, at most as high as theirs; those of level 0 are left out.
+
+    ``levels``: of every tier's tokens. ``states``: of all layers.
+    """
+    layout = heads.layout
+    tokens: list[list[Tokens]] = [[] for _ in layout.tiers]
+    records: list[list[Records]] = [[] for _ in layout.tiers]
+    for tier, level in enumerate(levels):
+        for target in range(tier + 1):
+            index = (level == target + 1).nonzero().squeeze(1)
+            if len(index) == 0:
+                continue
+            part = content.tokens[tier][index]
+            found = {name: x[index] for name, x in content.records[tier].items()}
+            if target < tier:
+                found = _recode(part, found, tier, target, states, heads)
+            tokens[target].append(part.at(level[index]))
+            records[target].append(found)
+    return join_parts(tokens, records, layout)
+
+
+def join_parts(tokens: list[list[Tokens]], records: list[list[Records]], layout: Layout) -> Content:
+    """Lists of parts of every tier -> content."""
+    out = Content([], [])
+    device = next((p.i.device for parts in tokens for p in parts), torch.device("cpu"))
+    for tier, (parts, fields) in enumerate(zip(tokens, records, strict=True)):
+        parts = [p for p in parts if len(p)]
+        fields = [f for f in fields if f and len(next(iter(f.values())))]
+        if parts:
+            names = [name for name in layout.fields[tier] if name not in ("gap", "score")]
+            out.tokens.append(Tokens.cat(parts))
+            out.records.append({n: torch.cat([f[n] for f in fields]) for n in names})
+        else:
+            out.tokens.append(_no_tokens(device))
+            out.records.append({})
+    return out
+
+
+def join(contents: Sequence[Content], layout: Layout) -> Content:
+    """Tokens of several contents in one."""
+    tokens = [[c.tokens[t] for c in contents] for t in range(len(layout.tiers))]
+    records = [[c.records[t] for c in contents] for t in range(len(layout.tiers))]
+    return join_parts(tokens, records, layout)
+
+
+def _recode(
+    tokens: Tokens, records: Records, high: int, low: int, states: Sequence[State], heads: Heads
+) -> Records:
+    """Codes of a tier as codes of a lower one."""
+    layout = heads.layout
+    found: list[Records] = []
+    order = tokens.group.argsort(stable=True)
+    group = tokens.group[order]
+    distinct = group.unique_consecutive()
+    for first in range(0, len(distinct), GROUPS):
+        some = distinct[first : first + GROUPS]
+        mine = order[(group >= some[0]) & (group <= some[-1])]
+        local = torch.searchsorted(some, tokens.group[mine])
+        fold = Padded(local, 0, 1, len(some))
+        state = _state_of(some, states, heads)
+        i = fold.pad(tokens.i[mine])
+        padded = {name: fold.pad(x[mine]) for name, x in records.items()}
+        k, v = decode_records(padded, i, state, layout, high)
+        coded = encode_records(k, v, i, state, layout, low)
+        found.append({name: x.flatten(0, 2)[fold.at] for name, x in coded.items()})
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return {name: torch.cat([f[name] for f in found])[back] for name in found[0]}
+
+
+def _state_of(groups: Tensor, states: Sequence[State], heads: Heads) -> State:
+    """A state of one row whose heads have the frames of these groups."""
+    layer, head = heads.layer(groups), groups % heads.heads
+    first = states[0]
+    frames = []
+    for n in range(FIRST_FRAME, len(State._fields)):
+        if first[n].numel() == 0 and first[n].dim() == 1:
+            frames.append(first[n])
+            continue
+        frames.append(torch.stack([state[n] for state in states])[layer, head])
+    return State(*first[:FIRST_FRAME], *frames)
+
+
+def _no_tokens(device: torch.device) -> Tokens:
+    empty = torch.empty(0, device=device)
+    none = empty.long()
+    return Tokens(none, none, none, empty, empty, empty, empty.bool())
