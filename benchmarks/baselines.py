@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skv_compile.lowering import codes
 from skv_compile.lowering.hadamard import rotation
-from skv_compile.lowering.layout import Layout
+from skv_compile.lowering.layout import Digits, Layout
 from skv_compile.lowering.reference.calibrate import fit_frames
 from skv_compile.lowering.turn import block_start, turn
 
@@ -132,13 +132,14 @@ def frame_keys(
     The cache has no tier with exact values; this runs its calibration, encoder and decoder on
     the keys alone. ``layout`` and ``plan`` [2, D] are those of a frame cache. q [B, Hq, T, D].
     """
-    layout = dataclasses.replace(layout, key_digits=digits)
+    tiers = (Digits(digits, layout.tiers[0].value),)
+    layout = dataclasses.replace(layout, tiers=tiers, unit=0)
     tokens = k.shape[2]
     position = torch.arange(tokens, device=k.device)
-    frame, _ = fit_frames(q, k, v, None, position, plan, layout)
+    basis, *_ = fit_frames(q, k, v, None, position, plan, layout)
+    frame = basis.frame(0, 0, digits)
     region = coded_region(tokens, layout.sinks, layout.recent, layout.page_tokens)
-    page = (position[region] - layout.sinks) // layout.page_tokens
-    by = block_start(page, layout)
+    by = block_start(position[region] - layout.sinks, layout)
 
     def quantise(x: Tensor) -> Tensor:
         x = turn(x.float(), -by, plan) if layout.block else x.float()

@@ -24,8 +24,8 @@ import torch
 import verdict
 from lines import Line, baseline_lines, product_lines
 
-import skv_compile as skv
 from skv_compile import evaluate, models
+from skv_compile.codec.tiers import LARGE_PAGE_TOKENS
 from skv_compile.commands import common
 from skv_compile.commands.screen import Screen
 
@@ -53,7 +53,7 @@ def measure(
         for line in lines
     ]
     parts: list[list[Any]] = [[] for _ in lines]
-    page = skv.Config().page_tokens
+    page = LARGE_PAGE_TOKENS
     pace = evaluate.Pace(len(lines) * len(texts))
     for document in texts:
         exact = evaluate.run_exact(model, document, args.prefix)

@@ -89,7 +89,7 @@ def on_exact(
 
 def product_lines(model: Any, args: argparse.Namespace, notes: list[str]) -> Iterator[Line]:
     """Every tier of every codec that this version of the product has."""
-    windows = {"sinks": args.sinks, "recent": args.recent}
+    windows = {"sinks": args.sinks, "recent": args.recent, "retention": "none"}
     exact = skv.Config(codec="identity", bits=64, **windows)
     yield spherical(model, "identity", exact, 8.0 * model.dtype.itemsize, "shows rounding alone")
     wanted: list[tuple[str, str, dict[str, Any]]] = [(codec, codec, {}) for codec in CODECS]
@@ -121,7 +121,8 @@ def probe(model: Any, config: skv.Config, tokens: int = 1024) -> Any:
 
 def baseline_lines(model: Any, args: argparse.Namespace) -> Iterator[Line]:
     """Hadamard + Lloyd-Max and KIVI, and our keys with exact values."""
-    config = skv.Config(codec="frame", bits=2.125, sinks=args.sinks, recent=args.recent)
+    plain = {"codec": "frame", "retention": "none", "bits": 2.125}
+    config = skv.Config(**plain, sinks=args.sinks, recent=args.recent)
     state = probe(model, config).states[0]
     layout, plan = state.layout, state.tensors.turn
     dim = layout.head_dim

@@ -37,6 +37,47 @@ def fidelity() -> str:
     return "\n".join(rows)
 
 
+def retention() -> str:
+    """Mean KL (worst document) of every policy at equal bits."""
+    result = json.loads((HERE / "results" / "retention.json").read_text(encoding="utf-8"))
+    lines = [line for line in result["policies"]["lines"] if line.get("summary")]
+    rates = sorted({line["bits"] for line in lines})
+    names = list(dict.fromkeys(line["retention"] for line in lines))
+    names.sort(key=lambda name: name != "rdr")
+    rows = ["| policy | " + " | ".join(f"{bits:g} bits" for bits in rates) + " |"]
+    rows.append("|---|" + "---|" * len(rates))
+    for name in names:
+        cells = []
+        for bits in rates:
+            found = [x for x in lines if (x["retention"], x["bits"]) == (name, bits)]
+            text = "-"
+            if found:
+                mean = found[0]["summary"]
+                text = f"{mean['kl_mean']:.4f} ({mean['kl_max']:.4f})"
+            cells.append(text)
+        label = {"rdr": "**rdr**", "none": "none (uniform)"}.get(name, name)
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def long() -> str:
+    """Mean KL of a long generation, by quarter."""
+    result = json.loads((HERE / "results" / "retention.json").read_text(encoding="utf-8"))
+    rows = ["| long generation | bits | KL | by quarter | re-coded at a refresh |"]
+    rows.append("|---|---|---|---|---|")
+    for line in result["long"]["lines"]:
+        mean = line.get("summary")
+        if mean:
+            quarters = " / ".join(f"{x:.4f}" for x in mean["quarters"])
+            moved = mean.get("recoded")
+            share = "-" if moved is None else f"{100 * moved:.1f} %"
+            rows.append(
+                f"| {line['retention']} | {line['bits']:g} | {mean['kl_mean']:.4f} | {quarters} | "
+                f"{share} |"
+            )
+    return "\n".join(rows)
+
+
 def demo() -> str:
     """The demo's two sides."""
     result = json.loads((HERE / "results" / "demo.json").read_text(encoding="utf-8"))
@@ -54,7 +95,9 @@ def demo() -> str:
 
 def filled(text: str) -> str:
     """The README with every marked table made anew."""
-    for name, table in (("fidelity", fidelity()), ("demo", demo())):
+    tables = {"fidelity": fidelity, "retention": retention, "long": long, "demo": demo}
+    for name, make in tables.items():
+        table = make()
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
         if found != 1:

@@ -202,5 +202,7 @@ class Layout:
         """Pages that the tokens of one row and head can need."""
         if not self.tracked:
             return self.max_coded // self.page_tokens
-        # One page begun in every tier, and as many full ones as the finest tier makes.
-        return len(self.tiers) + -(-self.max_coded // self.capacity[-1])
+        # One page begun in every tier, as many full ones as the finest tier makes, and in every
+        # tier the slots of the longest gaps.
+        fillers = sum(-(-(self.max_coded // GAP_FILLER) // slots) for slots in self.capacity)
+        return len(self.tiers) + -(-self.max_coded // self.capacity[-1]) + fillers

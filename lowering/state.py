@@ -46,7 +46,7 @@ class State(NamedTuple):
     tier; -1 is none.
     ``turn`` [2, D]: plan of the rotary turn, empty where the layout has no blocks.
     The frame tensors (``codes.Basis``) are constant while tokens are stored (empty for an exact
-    layout); ``loss`` [H, 2, tiers] is what coding in them loses (``calibrate.fit_frames``).
+    layout); ``loss`` [H, 4, tiers] is what coding in them loses (``calibrate.fit_frames``).
     """
 
     exact_keys: Tensor

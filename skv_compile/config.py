@@ -63,8 +63,8 @@ class Config:
     budget: int | str | None = _doc(
         None,
         "Most bytes the whole cache may take, sinks, window and frames included ('2GiB', '500MB' "
-        "or a number). A retention policy fills it, whatever `bits` says; with retention='none' the "
-        "finest tier within it is taken, and never more than `bits`.",
+        "or a number). A retention policy fills it, whatever `bits` says; with retention='none' "
+        "the finest tier within it is taken, and never more than `bits`.",
     )
     frame: str | None = _doc(
         None,
@@ -75,12 +75,16 @@ class Config:
         False,
         "Raise when an attention that has a cache could not be rewritten, instead of warning.",
     )
+    retention_table: str | None = _doc(
+        None,
+        "A file written by `skv calibrate --retrieval-heads`: how far back every head looks. "
+        "Needed with retention='retrieval', and only there.",
+    )
 
     def __post_init__(self) -> None:
         _choice("codec", self.codec, CODECS)
         if self.retention == "":
-            default = "none" if self.codec == "identity" else "rdr"
-            object.__setattr__(self, "retention", default)
+            object.__setattr__(self, "retention", _default_retention(self.codec))
         _choice("retention", self.retention, tuple(POLICIES))
         for name, low in (("sinks", 0), ("recent", 1), ("page_tokens", 8)):
             value = getattr(self, name)
@@ -98,6 +102,29 @@ class Config:
             parse_bytes(self.budget)
         if self.frame is not None:
             self._check_frame()
+        self._check_table()
+
+    def _check_table(self) -> None:
+        name, wanted = self.retention_table, self.retention == "retrieval"
+        if name is None:
+            if wanted:
+                raise ConfigError(
+                    "retention='retrieval' needs retention_table=FILE: which heads to keep is "
+                    "measured once for a model. Make the file with: skv calibrate MODEL "
+                    "--retrieval-heads FILE"
+                )
+            return
+        if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+            raise ConfigError(
+                f"retention_table={name!r}: expected the name of a file written by skv calibrate "
+                "--retrieval-heads."
+            )
+        if not wanted:
+            raise ConfigError(
+                f"retention_table={name!r} with retention={self.retention!r}: the table is for "
+                "retention='retrieval'. Leave one of the two out."
+            )
+        object.__setattr__(self, "retention_table", os.fspath(name))
 
     def _check_frame(self) -> None:
         if not isinstance(self.frame, (str, os.PathLike)) or not os.fspath(self.frame):
@@ -131,7 +158,14 @@ class Config:
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed; unknown names raise with the nearest one suggested."""
-        return dataclasses.replace(self, **check_names(changes))
+        check_names(changes)
+        if "codec" in changes and self.retention == _default_retention(self.codec):
+            changes.setdefault("retention", "")  # the default of the new codec
+        return dataclasses.replace(self, **changes)
+
+
+def _default_retention(codec: str) -> str:
+    return "none" if codec == "identity" else "rdr"
 
 
 def check_names(options: dict[str, Any]) -> dict[str, Any]:

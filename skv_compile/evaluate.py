@@ -215,12 +215,15 @@ def frame_bytes(cache: Any) -> int:
 
 def sizes(cache: Any) -> dict[str, Any]:
     """What a spherical cache costs. Raises what an accelerator flagged while it was filled."""
+    summary = cache.summary()
+    kept = ("tokens_by_tier", "tokens_dropped", "fragmentation")  # where a policy chooses
     return {
-        "tier": cache.summary()["tier"],
+        "tier": summary["tier"],
         "bits_per_coordinate": cache.bits_per_coordinate,
         "resident_bytes": cache.resident_bytes,
         "dense_bytes": cache.dense_bytes,
         "frame_bytes": frame_bytes(cache),
+        **{name: summary[name] for name in kept if name in summary},
     }
 
 

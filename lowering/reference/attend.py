@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import codes
@@ -15,7 +16,7 @@ from ..errors import SkvError
 from ..layout import Layout
 from ..state import BASE, CODED, KIND, LENGTH, PAD, PER_TIER, State, ring_tokens
 from ..turn import block_start, turn
-from .masks import apply_mask, mask_at
+from .masks import apply_mask, mask_at, visible
 from .pages import Records, decode_records, page_records, page_tokens, unit_codes
 
 PAGES_PER_CHUNK = 64  # bounds the dense working set of the reference
@@ -94,13 +95,13 @@ def code_logits(
 
 
 def pages_by_tier(
-    state: State, layout: Layout, coded: Tensor
+    state: State, layout: Layout, coded: Tensor, read: bool
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Of every tier, pool rows [B, H, n] of its pages, and which of them are there [B, H, n].
 
     Pages that begin at ``coded`` [B] or later are not.
 
-    On the CPU tiers and chunks that nobody uses are left out.
+    With ``read``, which waits for the device, tiers and chunks that nobody uses are left out.
     """
     used = state.table >= 0
     ids = torch.where(used, state.table, 0).long()
@@ -110,13 +111,37 @@ def pages_by_tier(
     for tier in range(len(layout.tiers)):
         own = used & (tier_of == tier)
         most = layout.max_pages
-        if not own.is_cuda:
-            most = int(own.sum(-1).max()) if own.numel() else 0
+        if read and own.numel():
+            most = int(own.sum(-1).max())
         order = (~own).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
         sorted_ids, there = ids.gather(-1, order), own.gather(-1, order)
         for first in range(0, most, PAGES_PER_CHUNK):
             part = slice(first, first + PAGES_PER_CHUNK)
             yield tier, sorted_ids[..., part], there[..., part]
+
+
+def _begin(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    position: Tensor,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """``attend`` of a forward that begins a sequence: there is nothing stored to look at."""
+    tokens, group = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        return out.contiguous()
+    own = mask.index_select(-1, position.clamp(max=mask.shape[-1] - 1))
+    own = own if own.dtype == torch.bool else own.to(q.dtype)
+    seen = visible(own).any(-1, keepdim=True)
+    if own.dtype == torch.bool:
+        own = own | ~seen  # a row that sees nothing would be NaN
+    out = F.scaled_dot_product_attention(q, k, v, own.expand(-1, -1, tokens, -1), scale=scale)
+    return torch.where(seen, out, 0).contiguous()
 
 
 def attend(
@@ -148,9 +173,11 @@ def attend(
     batch, q_heads, tokens, head_dim = q.shape
     heads = k.shape[1]
     group = q_heads // heads
+    if tokens > 1 and int(position[0]) == 0:  # forwards of several tokens are never captured
+        return _begin(q, k, v, mask, position, causal, scale)
     math = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = q.to(math).reshape(batch, heads, group * tokens, head_dim) * scale
-    if tokens > 1 and causal and not q.is_cuda and int(position[0]) != 0:
+    if tokens > 1 and causal:
         raise SkvError(
             f"is_causal attention at slot {int(position[0])}: PyTorch aligns is_causal to the "
             "upper left, which hides the cache from the queries. Pass a mask."
@@ -173,7 +200,7 @@ def attend(
     spaces: dict[str, Tensor] = {}
 
     # Pages, from their codes.
-    for tier, ids, there in pages_by_tier(state, layout, coded):
+    for tier, ids, there in pages_by_tier(state, layout, coded, tokens > 1 or not q.is_cuda):
         records = page_records(state.pool[ids], layout, tier)
         i, live = page_tokens(records, state.info[ids], layout, tier)
         live = live & there[..., None] & (i < coded[:, None, None, None])

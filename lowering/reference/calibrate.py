@@ -29,6 +29,7 @@ from .intake import own_validity
 
 QUERIES = 256  # sampled from the prompt
 FIT_TOKENS = 1024  # tokens on which steps are fitted, and as many on which the frame is judged
+LOSS_TOKENS = 256  # on which the loss of every tier is measured
 BLOCKS = 64  # blocks that the query moment looks at
 MAX_DIGITS = 4  # of one dimension
 REGULARISE = 0.1  # share of the isotropic part in the query moment
@@ -81,9 +82,9 @@ def fit_frames(
 ) -> tuple[Basis, Basis, Tensor]:
     """Frames of one layer's keys and values from a prompt, and what coding in them loses.
 
-    The loss [H, 2, tiers] is, for keys, the expected squared error of a logit (before its scale)
-    over E|q|^2 times the key's squared radius; for values, the squared error over the squared
-    radius.
+    The loss [H, 4, tiers] is, for keys, the expected squared error of a logit (before its scale)
+    over E|q|^2 times the key's mean square in the frame, and the mean of fitted squared radii over
+    that; for values, the squared error over the value's mean square, and the same.
 
     Args:
         q: [B, Hq, T, D]; k, v: [B, H, T, D]: the forward that begins a sequence.
@@ -105,7 +106,7 @@ def fit_frames(
     unit = layout.unit
     key_basis, key_loss = _fit(keys, key_weight, moment, key_digits, unit, True, False)
     value_basis, value_loss = _fit(values, value_weight, None, value_digits, unit, False, plain)
-    return key_basis, value_basis, torch.stack([key_loss, value_loss], 1)
+    return key_basis, value_basis, torch.cat([key_loss, value_loss], 1)
 
 
 def _head_statistics(q, k, v, at, alive, h, plan, layout):
@@ -187,7 +188,8 @@ def _fit(
     """Frames of vectors [H, n, D] with weights [H, n]; errors count by ``metric`` [H, D, D].
 
     ``tiers``: digits of each; a head whose tier ``unit`` a plain rotation about the same centre
-    serves better gets that. Also the ``loss`` [H, tiers] of :func:`fit_frames`.
+    serves better gets that. Also two rows [H, 2, tiers] of the loss of
+    :func:`fit_frames`.
     """
     heads, n, dim = x.shape
     # The centre of keys is their plain mean: it is there to lower the energy, and a weighted
@@ -214,28 +216,34 @@ def _fit(
     z = z / energy.clamp(min=1e-30).sqrt()[..., None]
     steps, errors = _fit_steps(z, weight[:, fit] * energy)
     back = torch.cat([back, centre], 1).to(STORED)
-    pairs = []
+    candidates = []
     for digits in tiers:
         grid, plan = _allocate(cost, steps, errors, digits)
         plain = grid_frame(heads, dim, digits, x.device)
         moved = torch.cat([plain.back[:, :-1], centre], 1)
-        pairs.append((Frame(into, back, grid, plan), plain._replace(back=moved)))
-    fitted, rotated = (stored(Basis.of(frames)) for frames in zip(*pairs, strict=True))
-    judged = x[:, judge] + centre, weight[:, judge], metric
-    losses = [
-        torch.stack([_loss(*judged, f, unbiased) for f in _split(basis, tiers)], 1)
-        for basis in ((rotated,) if plain_only else (fitted, rotated))
-    ]
-    basis, loss = rotated, losses[-1]
+        candidates.append((Frame(into, back, grid, plan), plain._replace(back=moved)))
+    fitted, rotated = (stored(Basis.of(frames)) for frames in zip(*candidates, strict=True))
+    whole = x + centre
+
+    def losses(basis: Basis, some: slice, only: int | None = None) -> Tensor:
+        chosen = (f for t, f in enumerate(_split(basis, tiers)) if only in (None, t))
+        at = whole[:, some], weight[:, some], metric
+        return torch.stack([_loss(*at, frame, unbiased) for frame in chosen], 1)
+
+    basis = rotated
     if not plain_only:
-        better = losses[0][:, unit, 0] <= losses[1][:, unit, 0]
+        both = [losses(b, judge, unit)[:, 0, 0] for b in (fitted, rotated)]
+        better = both[0] <= both[1]
         choose = (better.view(-1, *(1,) * (f.dim() - 1)) for f in fitted)
-        both = zip(choose, fitted, rotated, strict=True)
-        basis = Basis(*(torch.where(mask, f, p) for mask, f, p in both))
-        loss = torch.where(better[:, None, None], *losses)
+        pairs = zip(choose, fitted, rotated, strict=True)
+        basis = Basis(*(torch.where(mask, f, p) for mask, f, p in pairs))
+    # What a tier loses needs no more than some hundred tokens.
+    loss = losses(basis, slice(stride, None, max(1, n // LOSS_TOKENS)))
     into, back, grid, plan = basis
     # The radius is that of vectors at their own size, through ``into``: the same number.
-    loss = loss[..., 0] / loss[..., 1].clamp(min=1e-30) * size[:, 0].square()
+    error, fitted_size, own_size = loss.unbind(-1)
+    own_size = own_size.clamp(min=1e-30)
+    loss = torch.stack([error / own_size * size[:, 0].square(), fitted_size / own_size], 1)
     return Basis((into / size).to(into.dtype), (back * size).to(back.dtype), grid, plan), loss
 
 
@@ -298,8 +306,10 @@ def _allocate(cost: Tensor, steps: Tensor, errors: Tensor, digits: int) -> tuple
 
 
 def _loss(x: Tensor, weight: Tensor, metric: Tensor, frame: Frame, unbiased: bool) -> Tensor:
-    """Of vectors [H, n, D] coded in a frame, [H, 2]: weighted squared error, and radii squared."""
+    """Of vectors [H, n, D] coded in a frame, weighted sums [H, 3]: of the squared error, of the
+    squared radii that were fitted, and of those of the vectors."""
     digits, radius = encode(x[None], frame, unbiased=unbiased)
     delta = decode(digits, radius, frame)[0] - x
-    error = (weight * ((delta @ metric.float()) * delta).sum(-1)).sum(1)
-    return torch.stack([error, (weight * radius[0].square()).sum(1)], 1)
+    own = ((x - frame.centre) @ frame.into.float()).square().mean(-1)
+    sums = (((delta @ metric.float()) * delta).sum(-1), radius[0].square(), own)
+    return torch.stack([(weight * part).sum(1) for part in sums], 1)

@@ -50,8 +50,8 @@ def intake(
 ) -> Intake:
     """Read a forward's keys and values [B, H, T, D] against ``meta``.
 
-    One token goes into the ring, where :func:`~lowering.ops.retain` has made room. Of several,
-    what the ring does not keep leaves it in whole strides.
+    One token goes into the ring, where whoever keeps the pool has made room. So do several that
+    fit; of more, what the ring does not keep leaves it in whole strides.
 
     Raises:
         NonFiniteError, CapacityError, CacheStateError: on the CPU.
@@ -88,7 +88,8 @@ def intake(
         bad_room = bad_room | (i_new - coded > layout.ring).any()
     else:
         new_coded = (i_new - layout.recent).clamp(min=0) // layout.stride * layout.stride
-        new_coded = torch.maximum(coded, new_coded)
+        holds = i_new - coded <= layout.ring  # then it waits for the next step
+        new_coded = torch.where(holds, coded, torch.maximum(coded, new_coded))
     if not k.is_cuda:
         _raise_now(bad_value, bad_position, bad_room, k, v, stored, start, seen, layout)
     moved = (torch.where(length == 0, pad + lead, pad), length, coded, lead)

@@ -38,35 +38,39 @@ def make_keeper(
         ConfigError: the budget does not hold the sinks, the window and the least of pages.
     """
     name = str(dtype).removeprefix("torch.")
-    policy = make_policy(config)
+    policy = make_policy(config, layers, heads)
     layout = choose_layout(config, head_dim, max_tokens, name, turned)
     if budget is not None and policy is None:
         layout = _finest_within(config, layout, layers, batch, heads, group, budget, turned)
     rule = Rule(layout, layers * batch * heads, None if budget is not None else config.bits)
+    known = Heads.empty(layout, layers, batch, heads, len(layout.tiers) - 1, device)
     if policy is not None and budget is not None:
-        own = exact_bytes(layout, batch, heads, group) + frame_bytes(layout, heads)
-        budget -= layers * own
+        budget -= layers * exact_bytes(layout, batch, heads, group) + known.bytes
+        budget -= frame_bytes(layout, heads, layers, config.frame is not None)
     pages = None if policy is None else rule.pool_pages(budget)
     pool = Pool(layers, batch, heads, layout, pages, device)
-    tier = len(layout.tiers) - 1
-    return Keeper(pool, policy, Heads.empty(layout, layers, batch, heads, tier, device), rule)
+    return Keeper(pool, policy, known, rule)
 
 
 def exact_bytes(layout: Layout, batch: int, heads: int, group: int) -> int:
-    """Bytes of a layer's sinks, window and kept queries."""
+    """Bytes of a layer's sinks, window, kept queries and counters."""
     vectors = 2 * layout.exact_slots + group * layout.observed
-    return batch * heads * vectors * layout.head_dim * EXACT_DTYPES[layout.dtype].itemsize
+    size = EXACT_DTYPES[layout.dtype].itemsize
+    turn = 8 * layout.head_dim if layout.block else 0
+    return batch * heads * vectors * layout.head_dim * size + 32 * batch + turn
 
 
-def frame_bytes(layout: Layout, heads: int) -> int:
-    """Bytes of the frames that a layer has of its own."""
-    if not layout.calibrate:
+def frame_bytes(layout: Layout, heads: int, layers: int, saved: bool) -> int:
+    """Bytes of the frames of all layers: their own, or those that all of them share."""
+    if layout.kind == "exact":
         return 0
+    own = layout.calibrate > 0 or saved
     dim, tiers = layout.head_dim, len(layout.tiers)
-    transforms = 2 * 2 * (dim * dim + (dim + 1) * dim)
-    grids = 2 * tiers * 3 * dim * 4 + 2 * tiers * 4
-    plans = 2 * sum(tier.key + tier.value for tier in layout.tiers)
-    return heads * (transforms + grids + plans)
+    transforms = 2 * (dim * dim + (dim + 1) * dim) * (2 if own else 4)
+    grids = 2 * tiers * 3 * dim * 4 + 4 * tiers * 4
+    digits = sum(tier.key + tier.value for tier in layout.tiers)
+    plans = 0 if layout.kind == "rings" else 2 * digits
+    return heads * (transforms + grids + plans) * (layers if own else 1)
 
 
 def _finest_within(
@@ -83,8 +87,9 @@ def _finest_within(
     chosen, sizes = None, []
     for layout in layouts(config, best.head_dim, best.max_tokens, best.dtype, turned):
         pages = batch * heads * layout.max_pages * (layout.page_bytes + PAGE_HEADER)
-        own = exact_bytes(layout, batch, heads, group) + frame_bytes(layout, heads)
-        sizes.append(layers * (pages + own))
+        own = pages + exact_bytes(layout, batch, heads, group)
+        frames = frame_bytes(layout, heads, layers, config.frame is not None)
+        sizes.append(layers * own + frames)
         if layout.rate(0) <= best.rate(0) and sizes[-1] <= budget:
             chosen = layout
     if chosen is None:

@@ -151,8 +151,6 @@ class SphericalLayer(CacheLayerMixin):
         assert state is not None
         if self is self.siblings[0]:
             self._begin()
-        if all(x.state is None or x.state.keeper is not state.keeper for x in self._before):
-            state.keeper.tick(tokens)  # the first of its pool in this forward
         expected = (state.batch, state.heads, tokens, state.layout.head_dim)
         if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
             found = f"{list(k.shape)} {k.dtype} on {k.device}"
@@ -170,6 +168,8 @@ class SphericalLayer(CacheLayerMixin):
             )
         if state.device.type != "cpu" and tokens > 1:
             state.raise_flags(self.where)
+        if all(x.state is None or x.state.keeper is not state.keeper for x in self._before):
+            state.keeper.tick(tokens)  # the first of its pool in this forward
         self.journal.record(state, tokens)
         position = torch.arange(tokens, device=k.device) + self.cumulative_length
         self.cumulative_length.add_(tokens)

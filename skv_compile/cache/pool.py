@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class Pool:
             self.table.copy_(number.view(shape))
             self.info[:, 0] = (number % max(1, layout.max_pages)) * layout.page_tokens
             self.info[:, 1] = layout.page_tokens
-            self._free, self.free = self._free[:0], 0
+            self._free, self.free = self._free.new_empty(0), 0
 
     @property
     def bytes(self) -> int:
@@ -77,26 +79,29 @@ class Pool:
         self.free -= count
         return self._free[self.free : self.free + count].long()
 
-    def release(self, layers: slice) -> None:
+    def release(self, layers: Sequence[int]) -> None:
         """Take all pages of some layers back."""
         if not self.layout.tracked:
             return
-        table = self.table[layers]
+        index = torch.tensor(layers, device=self.device)
+        table = self.table[index]
         pages = table[table >= 0]
         self._free[self.free : self.free + len(pages)] = pages
         self.free += len(pages)
-        table.fill_(-1)
+        self.table[index] = -1
 
     # ------------------------------------------------------------ tokens in and out
 
-    def read(self, layers: slice, codes: bool = True) -> Content:
-        """All tokens of some layers, with their codes unless ``codes`` is False."""
+    def read(self, layers: Sequence[int], codes: bool = True) -> Content:
+        """All tokens of some layers, with their codes unless ``codes`` is False.
+
+        Of each tier: layer by layer, head by head, in order.
+        """
         layout = self.layout
-        table = self.table[layers]
-        first = layers.start or 0
-        owner = first * self.batch * self.heads + torch.arange(
-            table.numel() // max(1, layout.max_pages), device=self.device
-        )
+        index = torch.tensor(layers, device=self.device)
+        table = self.table[index]
+        size = self.batch * self.heads
+        owner = (index[:, None] * size + torch.arange(size, device=self.device)).flatten()
         owner = owner.repeat_interleave(layout.max_pages)
         flat = table.flatten()
         there = flat >= 0

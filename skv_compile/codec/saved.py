@@ -112,8 +112,8 @@ class SavedFrames:
             grid = torch.stack([part("grid", n) for n in digits], 1)
             plan = torch.cat([part("plan", n) for n in digits], -1)
             bases += [part("into"), part("back"), grid, plan]
-            losses.append(torch.stack([part("loss", n) for n in digits], 1))
-        return (*bases, torch.stack(losses, 1))
+            losses.append(torch.stack([part("loss", n) for n in digits], -1))
+        return (*bases, torch.cat(losses, 1))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
@@ -241,7 +241,7 @@ def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str
             for name, size in (("into", (dim, dim)), ("back", (dim + 1, dim))):
                 shapes[tensor_name(index, side, None, name)] = (heads, *size)
             for n in layer[side]:
-                for part, rest in (("grid", (3, dim)), ("plan", (2, n)), ("loss", ())):
+                for part, rest in (("grid", (3, dim)), ("plan", (2, n)), ("loss", (2,))):
                     shapes[tensor_name(index, side, n, part)] = (heads, *rest)
     for name in sorted(shapes.keys() - tensors.keys()):
         yield f"is damaged: {name} is missing"

@@ -59,43 +59,56 @@ class Tier:
         the KL in ``benchmarks/results/fidelity.json``.
         """
         layout = self.layout
-        return _distortion(layout.kind, layout.head_dim, layout.tiers[self.index])
+        return _distortion(layout.kind, layout.head_dim, layout.tiers[self.index])[:2]
 
 
 @lru_cache(maxsize=64)
-def _distortion(kind: str, dim: int, digits: Digits) -> tuple[float, float]:
+def _distortion(kind: str, dim: int, digits: Digits) -> tuple[float, float, float, float]:
+    """Squared errors of keys and values, and the means of their fitted squared radii."""
     if kind == "exact":
-        return 0.0, 0.0
+        return 0.0, 0.0, 1.0, 1.0
     layout = Layout(kind, dim, 0, 8, 0, 0, 8, (digits,))
     device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, 2048, dim, generator=generator)
-    found = []
+    errors, sizes = [], []
     for n, unbiased in ((digits.key, True), (digits.value, False)):
         frame = ring_frame(1, dim, device) if kind == "rings" else grid_frame(1, dim, n, device)
         packed, radius = encode_side(x, frame, layout, 0, unbiased)
         radius = decode_radius(encode_radius(radius))[..., None]
         decoded = (unit_codes(packed, layout, 0) @ frame.out[:, :-1]) * radius
-        found.append(float((decoded - x).square().sum() / x.square().sum()))
-    return found[0], found[1]
+        errors.append(float((decoded - x).square().sum() / x.square().sum()))
+        sizes.append(float(radius.square().mean() / x.square().mean()))
+    return errors[0], errors[1], sizes[0], sizes[1]
 
 
 def frames_of(layout: Layout, heads: int, device: torch.device) -> tuple[Tensor, ...]:
     """The nine frame tensors of a layer before anything is fitted; layers may share them."""
     if layout.kind == "exact":
         return (torch.empty(0, device=device),) * 9
+    if not layout.calibrate:
+        return _plain_frames(layout.kind, layout.head_dim, layout.tiers, heads, device)
+    *bases, loss = _plain_frames(layout.kind, layout.head_dim, layout.tiers, heads, device)
+    own = [stored(Basis(*side)) for side in (bases[:4], bases[4:])]
+    return (*own[0], *own[1], loss.clone())
+
+
+@lru_cache(maxsize=16)
+def _plain_frames(
+    kind: str, dim: int, tiers: tuple[Digits, ...], heads: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """The frames of fixed rotations, shared by all layers."""
     bases = []
     for side in (0, 1):
-        if layout.kind == "rings":
-            one = ring_frame(heads, layout.head_dim, device)
-            basis = Basis.of([one] * len(layout.tiers))
+        if kind == "rings":
+            frames = [ring_frame(heads, dim, device)] * len(tiers)
         else:
-            digits = [tier[side] for tier in layout.tiers]
-            basis = Basis.of([grid_frame(heads, layout.head_dim, n, device) for n in digits])
-        bases.append(stored(basis) if layout.calibrate else basis)
-    errors = [_distortion(layout.kind, layout.head_dim, tier) for tier in layout.tiers]
-    key, value = zip(*errors, strict=True)
-    loss = torch.tensor([key, [layout.head_dim * x for x in value]], device=device)
+            frames = [grid_frame(heads, dim, tier[side], device) for tier in tiers]
+        bases.append(Basis.of(frames))
+    errors = [_distortion(kind, dim, tier) for tier in tiers]
+    key, value, key_size, value_size = zip(*errors, strict=True)
+    scaled = [dim * x for x in value]
+    loss = torch.tensor([key, key_size, scaled, value_size], device=device)
     return (*bases[0], *bases[1], loss.expand(heads, -1, -1).contiguous())
 
 

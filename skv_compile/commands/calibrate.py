@@ -1,4 +1,7 @@
-"""``skv calibrate``: frames fitted once to a model, from text, and kept in a file."""
+"""``skv calibrate``: what is measured once on a model and kept in a file.
+
+Frames, from text; and which heads look far back, from random tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,34 +24,73 @@ if TYPE_CHECKING:
     from skv_compile.config import Config
     from skv_compile.lowering.layout import Layout
 
-HELP = "fit the frames of a model to text once, and save them for Config(frame=FILE)"
+HELP = (
+    "fit the frames of a model to text once, and save them for Config(frame=FILE); or measure "
+    "its retrieval heads for Config(retention_table=FILE)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the text, and where the frames go."""
+    """The model, the text, and where the results go."""
     add, positive = parser.add_argument, common.positive
     add("model", metavar="MODEL", help="Hugging Face id, local folder, GGUF file, or 'demo'")
-    add("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, cut in sequences")
-    add("--out", required=True, metavar="FILE", help="the file to write")
-    add("--bits", type=float, nargs="+", metavar="B", help="only for these rates (default: all)")
+    add("--text", nargs="+", metavar="FILE", help="UTF-8 text for frames, cut in sequences")
+    add("--out", metavar="FILE", help="the file to write frames to; needs --text")
+    add(
+        "--retrieval-heads",
+        metavar="FILE",
+        help="the file to write a score of every kv head to; needs no text",
+    )
+    add(
+        "--bits",
+        type=float,
+        nargs="+",
+        metavar="B",
+        help="of uniform tiers, only these (default: all)",
+    )
     add("--tokens", type=positive, default=3072, metavar="N", help="of a sequence at most (3072)")
     add("--sequences", type=positive, default=4, metavar="N", help="at most, all at once (4)")
     add("--page-tokens", type=positive, metavar="N", help="as in Config(page_tokens=N)")
 
 
 def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
-    """Read the text through the model, fit, save."""
+    """Load the model, then fit frames, measure heads, or both."""
     import skv_compile as skv
     from skv_compile import models
 
+    if not args.out and not args.retrieval_heads:
+        raise common.UsageError(
+            "nothing to do: give --text FILE --out FILE for frames, or --retrieval-heads FILE"
+        )
+    if bool(args.out) != bool(args.text):
+        raise common.UsageError("frames need both --text FILE, to fit them to, and --out FILE")
     pages = {} if args.page_tokens is None else {"page_tokens": args.page_tokens}
-    configs = [skv.Config(codec="frame", bits=b, **pages) for b in args.bits or (64.0,)]
-    out = Path(args.out).expanduser().absolute()
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise common.UsageError(f"--out {args.out}: a folder, or in none that can be written")
-    texts = list(map(_read, args.text))
+    plain = {"codec": "frame", "retention": "none", **pages}
+    configs = [skv.Config(**plain, bits=b) for b in args.bits or (64.0,)]
+    for option, file in (("--out", args.out), ("--retrieval-heads", args.retrieval_heads)):
+        if file:
+            _check_writable(option, file)
+    texts = list(map(_read, args.text or ()))
     with screen.step("Model") as update:
         loaded = models.load(args.model, report=update)
+    result = {"model": args.model, "device": common.device_name(loaded.device)}
+    if args.out:
+        result |= _fit_frames(args, screen, loaded, texts, configs)
+    if args.retrieval_heads:
+        result |= _measure_heads(args, screen, loaded)
+    return result
+
+
+def _check_writable(option: str, file: str) -> None:
+    path = Path(file).expanduser().absolute()
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise common.UsageError(f"{option} {file}: a folder, or in none that can be written")
+
+
+def _fit_frames(
+    args: argparse.Namespace, screen: Screen, loaded: Any, texts: list[str], configs: list[Config]
+) -> dict[str, Any]:
+    """Read the text through the model, fit, save."""
     ids = [loaded.tokenizer(text, verbose=False)["input_ids"] for text in texts]
     found = cut(ids, args.tokens, loaded.tokenizer.bos_token_id)
     sequences = found[: args.sequences]
@@ -56,7 +98,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     fit = Calibration(loaded.model, sequences, configs, every_tier=not args.bits)
     with screen.bar("Calibrating", fit.steps) as advance:
         frames = fit.run(advance, name=Path(args.model).name)
-    frames.save(out)
+    frames.save(Path(args.out).expanduser().absolute())
     bits = frames.about["bits"]
     screen.write(
         f"{args.out}: frames of {len(fit.states)} layers for {', '.join(f'{b:g}' for b in bits)} "
@@ -64,12 +106,26 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         f"Use it with skv.compile(model, bits={bits[-1]:g}, frame={args.out!r})."
     )
     return {
-        "model": args.model,
-        "device": common.device_name(loaded.device),
         "file": args.out,
         "layers": len(fit.states),
         **{key: frames.about[key] for key in ("bits", "sequence_tokens")},
     }
+
+
+def _measure_heads(args: argparse.Namespace, screen: Screen, loaded: Any) -> dict[str, Any]:
+    """Measure how far every head looks back, save."""
+    from skv_compile.retention.table import measure_heads, save_table
+
+    with screen.step("Retrieval heads"):
+        table = measure_heads(loaded.model, args.tokens)
+    save_table(args.retrieval_heads, table, model=Path(args.model).name)
+    screen.write(
+        f"{args.retrieval_heads}: scores of {len(table[0])} kv heads in {len(table)} layers, from "
+        f"{max(map(max, table)):.3f} down to {min(map(min, table)):.3f}.\n"
+        "Use it with skv.compile(model, retention='retrieval', "
+        f"retention_table={args.retrieval_heads!r})."
+    )
+    return {"retrieval_heads": args.retrieval_heads, "scores": [list(row) for row in table]}
 
 
 def _read(file: str) -> str:
@@ -126,10 +182,13 @@ class Calibration:
             if isinstance(layer, SphericalLayer) and layer.state is not None
         }
         self.layouts: dict[int, Layout] = {}
+        self.bits: list[float] = []  # rates of the uniform tiers
         for index, state in self.states.items():
             dim = state.layout.head_dim
             turned = rotary_plan(model.config, dim) is not None
-            self.layouts[index] = _layout(configs, every_tier, dim, turned)
+            found = _layouts(configs, every_tier, dim, turned)
+            self.bits = [layout.rate(0) for layout in found[:-1]]
+            self.layouts[index] = _joined(found, dim)
         self.steps = len(sequences) + len(self.layouts)
 
     def _forward(self, ids: list[int]) -> None:
@@ -194,7 +253,7 @@ class Calibration:
                 for part, x in (
                     ("grid", frame.grid),
                     ("plan", frame.plan),
-                    ("loss", loss[:, n, tier]),
+                    ("loss", loss[:, 2 * n : 2 * n + 2, tier]),
                 ):
                     found[saved.tensor_name(index, side, digits[n], part)] = x
         return found
@@ -216,28 +275,34 @@ class Calibration:
             "name": name,
             "model": saved.identity(self.model.config),
             "layers": layers,
-            "bits": [first.rate(n) for n in range(len(first.tiers))],
+            "bits": self.bits,
             **{key: getattr(first, key) for key in ("block", "page_tokens")},
             "sequence_tokens": [len(ids) for ids in self.sequences],
             "weights": weights,
         }
 
 
-def _layout(configs: list[Config], every: bool, dim: int, turned: bool) -> Layout:
-    """A layout whose tiers are those to fit, coarse to fine, each once."""
-    from dataclasses import replace
-
+def _layouts(configs: list[Config], every: bool, dim: int, turned: bool) -> list[Layout]:
+    """Layouts whose tiers are to be fitted: uniform ones, coarse to fine, then those that
+    retention policies choose among."""
     from skv_compile.codec.tiers import choose_layout, layouts, shared_layout
 
     shape = (dim, 0, "float32", turned)
+    uniform = [choose_layout(config, *shape) for config in configs]
     if every:
-        chosen = [*layouts(configs[0], *shape), shared_layout(configs[0], *shape)]
-    else:
-        chosen = [choose_layout(config, *shape) for config in configs]
-    digits = dict.fromkeys(tier for layout in chosen for tier in layout.tiers)
+        uniform = layouts(configs[0], *shape)
+    uniform = sorted(dict.fromkeys(uniform), key=lambda layout: layout.rate(0))
+    return [*uniform, shared_layout(configs[0], *shape)]
+
+
+def _joined(found: list[Layout], dim: int) -> Layout:
+    """One layout with the tiers of all of them, each once."""
+    from dataclasses import replace
+
+    digits = dict.fromkeys(tier for layout in found for tier in layout.tiers)
     tiers = tuple(sorted(digits, key=sum))
     unit = min(range(len(tiers)), key=lambda n: abs(sum(tiers[n]) - 2 * dim))
-    return replace(chosen[0], tiers=tiers, unit=unit)
+    return replace(found[0], tiers=tiers, unit=unit)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ from skv_compile.errors import SkvError
 #: Decoding steps left out of a speed: they contain compilation and its warm-up.
 WARM_UP_STEPS = 8
 
+#: Settings of the cache that commands take, as they are called in ``Config``.
+CACHE_SETTINGS = ("bits", "codec", "retention", "retention_table", "budget")
+
 
 class UsageError(SkvError):
     """Arguments that cannot be meant."""
@@ -35,11 +38,29 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face id, local folder, GGUF file, or 'demo' (the default): "
         "SmolLM2-135M-Instruct from the package registry",
     )
+    add_cache_arguments(parser)
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """The settings of the cache."""
     parser.add_argument(
         "--bits", type=float, metavar="B", help="bits per coordinate of the compressed region"
     )
     parser.add_argument(
         "--codec", metavar="C", help="how directions are coded; 'identity' is exact"
+    )
+    parser.add_argument(
+        "--retention",
+        metavar="NAME",
+        help="which tokens are kept, and how well; 'none' keeps all, alike",
+    )
+    parser.add_argument(
+        "--retention-table",
+        metavar="FILE",
+        help="for --retention retrieval, written by skv calibrate --retrieval-heads",
+    )
+    parser.add_argument(
+        "--budget", metavar="SIZE", help="most bytes of the whole cache, such as 500MB or 2GiB"
     )
 
 
@@ -47,7 +68,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The settings the user named, checked now rather than after the model has loaded."""
     import skv_compile as skv
 
-    chosen = {k: v for k in ("bits", "codec") if (v := getattr(args, k)) is not None}
+    chosen = {k: v for k in CACHE_SETTINGS if (v := getattr(args, k)) is not None}
     skv.Config(**chosen)
     return chosen
 

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         result = evaluate.evaluate(loaded.model, documents, args.prefix, config, update)
     show(result, screen)
     device = common.device_name(loaded.device)
-    screen.write(f"{args.model} in {args.dtype} on {device}, codec {config.codec}.")
+    settings = f"codec {config.codec}, retention {config.retention}"
+    screen.write(f"{args.model} in {args.dtype} on {device}, {settings}.")
     return {"model": args.model, "device": device, "dtype": args.dtype, **result}
 
 
@@ -101,3 +102,9 @@ def show(result: dict[str, Any], screen: Screen) -> None:
         f"{common.size(cost['resident_bytes'])} resident instead of "
         f"{common.size(cost['dense_bytes'])}, of which frames {common.size(cost['frame_bytes'])}."
     )
+    if "tokens_by_tier" in cost:
+        dropped, kept = cost["tokens_dropped"], sum(cost["tokens_by_tier"])
+        screen.write(
+            f"{100 * dropped / max(1, dropped + kept):.1f} % of the tokens that left the exact "
+            "window are dropped; bits count them."
+        )

@@ -63,7 +63,7 @@ def decide(
     scope = scope_of[tokens.group]
     room = float(allowed)
     for _ in range(32):
-        limit = (quota * room + 1e-6).floor().long()
+        limit = _whole(quota * room)
         multiplier = solve(steps, scope, scopes, pages, limit)
         level = levels_at(steps, multiplier[scope])
         # Long gaps between tokens take slots too, which the count above leaves out.
@@ -72,6 +72,15 @@ def decide(
             return level
         room = min(room, float(pages(level).sum())) - excess
     raise CacheStateError(f"{len(tokens)} tokens found no place in {allowed} pages.")
+
+
+def _whole(quota: Tensor) -> Tensor:
+    """Whole pages of quotas [scopes], their sum kept: the largest remainders are rounded up."""
+    floor = (quota + 1e-6).floor()
+    left = int(quota.sum() + 1e-6) - int(floor.sum())
+    order = (floor - quota).argsort(stable=True)
+    floor[order[: max(0, left)]] += 1
+    return floor.long()
 
 
 class Arriving:
@@ -83,6 +92,17 @@ class Arriving:
     def __init__(self, heads: Heads) -> None:
         self._heads, self._seen = heads, 0
         self._bytes: Tensor | None = None
+
+    @property
+    def share(self) -> float:
+        """The part of the budget that the layers so far may take."""
+        x = self._seen / self._heads.layers
+        return x * (1 + (SLACK - 1) * (1 - x) ** 2)
+
+    def part(self, layer: int, pages: int) -> int:
+        """Pages for the layers before ``layer`` when there is no room for it."""
+        x = layer / self._heads.layers
+        return int(pages * x * (1 + (SLACK - 1) * (1 - x) ** 2))
 
     def levels(self, steps: Tensor, allowed: int) -> Tensor:
         """Levels of the tokens of the next layer, whose steps these are; ``allowed`` pages for
@@ -96,7 +116,7 @@ class Arriving:
         )
         self._bytes = counted if self._bytes is None else self._bytes + counted
         self._seen += 1
-        share = min(1.0, SLACK * self._seen / heads.layers)
+        share = self.share
         page = float(sizes[1]) * heads.layout.capacity[0]
         above = self._bytes.flip(0).cumsum(0).flip(0)
         first = int((above > allowed * share * page).sum())  # bins below it are too much

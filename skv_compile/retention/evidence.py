@@ -11,7 +11,8 @@ from ..lowering.layout import Layout
 from ..lowering.reference.intake import Intake, Sources
 from ..lowering.state import CODED, LENGTH, State, ring_tokens
 
-LAST, SPREAD = 64, 256
+LAST = 512  # queries of a forward that are looked at: the last ones,
+SPREAD = 256  # or some spread over all of it
 
 
 @dataclass

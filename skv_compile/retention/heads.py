@@ -14,8 +14,9 @@ from ..lowering.layout import PAGE_HEADER, Layout
 class Heads:
     """Constants of the groups of a pool.
 
-    ``key_loss``, ``value_loss`` [layers * heads, tiers]: as in ``State.loss``. ``value_energy``
-    [layers * heads]: |v - centre|^2 over the squared radius. Of every group: ``query_energy``
+    ``key_loss``, ``key_size``, ``value_loss``, ``value_size`` [layers * heads, tiers]: the rows of
+    ``State.loss``. ``value_energy`` [layers * heads]: |v - centre|^2 over the mean square of v in
+    the frame. Of every group: ``query_energy``
     E|q|^2, ``norm`` E|o|^2 and ``spread`` E|o - centre|^2 of attention outputs o, and
     ``surprise``: how much unexpected attention its tokens get. ``scale``: of the logits.
     ``tier``: of policies that keep tokens in one tier or not at all.
@@ -26,7 +27,9 @@ class Heads:
     batch: int
     heads: int
     key_loss: Tensor
+    key_size: Tensor
     value_loss: Tensor
+    value_size: Tensor
     value_energy: Tensor
     query_energy: Tensor
     norm: Tensor
@@ -49,7 +52,9 @@ class Heads:
             batch,
             heads,
             key_loss=per_head,
+            key_size=torch.ones_like(per_head),
             value_loss=per_head.clone(),
+            value_size=torch.ones_like(per_head),
             value_energy=one,
             query_energy=group,
             norm=group.clone(),

@@ -39,7 +39,7 @@ class Judge:
             old = getattr(theirs, name).view(theirs.layers, theirs.batch, theirs.heads)[layer]
             new = getattr(mine, name).view(mine.layers, mine.batch, mine.heads)[layer]
             new.copy_(old.index_select(0, rows))
-        for name in ("key_loss", "value_loss", "value_energy"):
+        for name in ("key_loss", "key_size", "value_loss", "value_size", "value_energy"):
             getattr(mine, name).copy_(getattr(theirs, name))
         mine.scale = theirs.scale
 
@@ -52,11 +52,12 @@ class Judge:
         content: Content,
         moved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         prompt: bool,
-    ) -> tuple[Tokens, Tokens]:
-        """Coded tokens of a layer with their new scores, and the tokens that are to be coded.
+    ) -> Tokens:
+        """The tokens of a layer that are to be coded, in the order of [B, H, n], at level 0
+        where not live; those of ``content`` get their new scores.
 
-        ``moved``: k, v [B, H, n, D], i, live [B, n] of the latter, and where [B, n] they stand
-        in ``exact``. Those are in the order of [B, H, n], at level 0 where not live.
+        ``moved``: k, v [B, H, n, D], i, live [B, n] of the former, and where [B, n] they stand
+        in ``exact``.
         """
         policy, heads = self.policy, self.heads
         assert policy is not None
@@ -64,7 +65,6 @@ class Judge:
         batch, n = i.shape
         group = layer * batch * heads.heads
         score = k.new_zeros(batch, heads.heads, n, dtype=torch.float32)
-        old = Tokens.cat(content.tokens)
         if policy.queries:
             found = look(
                 queries,
@@ -79,18 +79,18 @@ class Judge:
             )
             index = at.clamp(max=found.exact.shape[2] - 1)[:, None].expand(-1, heads.heads, -1)
             score = found.exact.gather(2, index)
-            seen = torch.cat(found.coded)
             if layer not in self._known:
                 self._learn(layer, state, found)
             else:
-                self._surprise(layer, old, seen)
-            old.score = policy.update(old.score, seen)
+                self._surprise(layer, Tokens.cat(content.tokens), torch.cat(found.coded))
+            for old, seen in zip(content.tokens, found.coded, strict=True):
+                old.score = policy.update(old.score, seen)
         numbers = group + torch.arange(batch * heads.heads, device=k.device)
         every = numbers.view(batch, heads.heads, 1).expand_as(score)
         row_live = live[:, None].expand_as(score)
         level = torch.where(row_live, heads.tiers, 0)
         key_radius, value_radius = _radii(k, v, i, state, heads)
-        fresh = Tokens(
+        return Tokens(
             every.flatten(),
             i[:, None].expand_as(score).flatten(),
             level.flatten(),
@@ -99,7 +99,6 @@ class Judge:
             value_radius.flatten(),
             torch.ones_like(row_live).flatten(),
         )
-        return old, fresh
 
     def _learn(self, layer: int, state: State, found: Evidence) -> None:
         heads = self.heads
@@ -113,7 +112,8 @@ class Judge:
             getattr(heads, name)[mine] = getattr(found, name).flatten()
         heads.surprise[mine] = 0
         if state.loss.numel():
-            heads.key_loss[rows], heads.value_loss[rows] = state.loss.unbind(1)
+            for n, name in enumerate(("key_loss", "key_size", "value_loss", "value_size")):
+                getattr(heads, name)[rows] = state.loss[:, n]
             heads.value_energy[rows] = state.value_back[:, :-1].float().square().sum((1, 2))
 
     def _surprise(self, layer: int, old: Tokens, seen: Tensor) -> None:

@@ -20,14 +20,13 @@ from .decide import Arriving, decide, steps_for
 from .evidence import Exact, forward_queries, kept_queries, ring_queries
 from .heads import Heads
 from .judge import Judge
-from .policies.base import Policy
-from .recode import encode_tokens, join, relevel
+from .policies.base import ARRIVING, Policy
+from .recode import join, relevel
+from .shelf import Fresh, Shelf
 from .tokens import Content, Tokens, pages_for
 
 if TYPE_CHECKING:
     from ..cache.pool import Pool
-
-CHUNK_BYTES = 1 << 25  # of codes rewritten at once
 
 
 class Keeper:
@@ -43,10 +42,10 @@ class Keeper:
         self.states: list[State] = []
         self.judge = Judge(policy, heads)
         self._ahead = 0  # tokens that may wait in the ring beyond the recent window
-        self._memo: dict[Any, Any] = {}
+        self._memo: dict[Any, Any] = {ARRIVING: True}
         self._arriving = Arriving(heads)
         self._last_layer = -1  # that the forward in progress has gone through
-        self.refreshes = self.recoded = self.coded = 0  # tokens coded anew, and there, so far
+        self.shelf = Shelf(pool, policy, heads, self.states)
 
     # ------------------------------------------------------------ between steps
 
@@ -62,7 +61,7 @@ class Keeper:
 
     def forget(self, layer: int) -> None:
         """Drop every token of a layer."""
-        self.pool.release(slice(layer, layer + 1))
+        self.pool.release([layer])
         self.judge.forget(layer)
         self._ahead = self.layout.stride
 
@@ -79,7 +78,8 @@ class Keeper:
                 moved = max(moved, end - row[CODED])
                 waits = max(waits, beyond - end)
             if layout.tracked and not any(row[CODED] for row in rows):
-                self.pool.release(slice(layer, layer + 1))  # a sequence that began anew
+                self.pool.release([layer])  # a sequence that began anew
+                self.judge.forget(layer)
             if moved:
                 due.append(layer)
         if due:
@@ -89,28 +89,30 @@ class Keeper:
 
     def _move(self, due: list[int]) -> None:
         """Take what waits in the rings of some layers into pages."""
-        old: dict[int, Tokens] = {}
-        fresh: dict[int, tuple[Tokens, Tensor, Tensor]] = {}
-        for layer in range(len(self.states)):
-            state = self.states[layer]
+        old: list[list[Tokens]] = []
+        fresh: list[Fresh] = []
+        for layer, state in enumerate(self.states):
             if layer in due:
                 k, v, i, live = self._waiting(state)
                 if not self.layout.tracked:
                     self._encode_whole(layer, state, k, v, i, live)
                     continue
-            content = self.pool.read(slice(layer, layer + 1))
-            if layer in due:
+                content = self.pool.read([layer])
                 queries, exact = ring_queries(state, self.layout)
                 at = self.layout.sinks + i % self.layout.ring
-                old[layer], tokens = self.judge.judge(
+                tokens = self.judge.judge(
                     layer, state, queries, exact, content, (k, v, i, live, at), prompt=False
                 )
-                fresh[layer] = (tokens, k, v)
-            else:
-                old[layer] = Tokens.cat(content.tokens)
+                fresh.append(Fresh(layer, tokens, k, v))
+                old.append(content.tokens)
+            elif self.layout.tracked:
+                old.append(self.pool.read([layer], codes=False).tokens)
         if self.layout.tracked:
             total = sum(self._coded(s.meta, layer in due) for layer, s in enumerate(self.states))
-            self._rewrite(old, fresh, self.rule.pages(total * self.pool.heads, self.pool.pages))
+            allowed = self.rule.pages(total * self.pool.heads, self.pool.pages)
+            by_tier = [Tokens.cat(list(parts)) for parts in zip(*old, strict=True)]
+            self._memo = {}
+            self.shelf.rewrite(self._every, by_tier, fresh, self._memo, allowed)
         for layer in due:
             meta = self.states[layer].meta
             meta[:, CODED] = self._end(meta)
@@ -163,7 +165,7 @@ class Keeper:
         if empty:
             self.forget(layer)
         if layer <= self._last_layer:  # a new forward
-            self._memo, self._arriving = {}, Arriving(self.heads)
+            self._memo, self._arriving = {ARRIVING: True}, Arriving(self.heads)
         self._last_layer, self._ahead = layer, layout.stride
         n = int((found.new_coded - found.coded).max())
         if n > 0:
@@ -177,33 +179,23 @@ class Keeper:
                 policy = self.policy
                 assert policy is not None
                 self.heads.scale = scale
-                way = policy.queries if empty else "last"
-                queries = forward_queries(q, found, layout, way if policy.queries else "")
+                queries = forward_queries(q, found, layout, policy.queries)
                 exact = Exact.of_forward(k, v, found, sources, state, layout)
-                content = self.pool.read(slice(layer, layer + 1))
-                old, fresh = self.judge.judge(
-                    layer,
-                    state,
-                    queries,
-                    exact,
-                    content,
-                    (*moved, i, live, layout.sinks + i),
-                    empty,
-                )
-                self._admit(layer, old, (fresh, *moved), found)
+                content = self.pool.read([layer])
+                place = (*moved, i, live, layout.sinks + i)
+                tokens = self.judge.judge(layer, state, queries, exact, content, place, empty)
+                self._admit(content.tokens, Fresh(layer, tokens, *moved), found)
         if layout.observed:
             kept_queries(q, found, state, layout)
 
-    def _admit(
-        self, layer: int, old: Tokens, fresh: tuple[Tokens, Tensor, Tensor], found: Intake
-    ) -> None:
+    def _admit(self, old: list[Tokens], fresh: Fresh, found: Intake) -> None:
         """Store the tokens of one layer, and once all are known, settle between them."""
-        pool, heads, policy = self.pool, self.heads, self.policy
+        pool, heads, policy, layer = self.pool, self.heads, self.policy, fresh.layer
         assert policy is not None
         # Every layer comes to as many tokens as this one.
         total = int(found.new_coded.sum()) * pool.heads * heads.layers
         allowed = self.rule.pages(total, pool.pages)
-        both = Tokens.cat([old, fresh[0]])
+        both = Tokens.cat([*old, fresh.tokens])
         if policy.scope == "all":
             level = self._arriving.levels(steps_for(policy, both, heads, self._memo), allowed)
         else:
@@ -212,83 +204,30 @@ class Keeper:
         need = pages_for(both.at(level), self.layout)
         if need > pool.free + own and policy.scope == "all":
             # The layers before this one give way, to more than it needs, so that it is seldom.
-            before = {n: self._tokens(n) for n in range(len(self.states)) if n != layer}
-            room = max(0, pool.pages - max(2 * need, pool.pages // 8))
-            self._rewrite(before, {}, room)
+            others = [n for n in self._every if n != layer]
+            short = need - pool.free - own + pool.pages // 16
+            room = pool.used - own - short
+            if not bool((found.coded > 0).any()):  # of a prompt, the layers to come count too
+                room = min(room, self._arriving.part(layer, pool.pages))
+            room = max(0, room)
+            self.shelf.rewrite(others, self._tokens(others), [], self._memo, room)
         if need > pool.free + own:
             level = decide(policy, both, heads, self._memo, pool.free + own, 1 / heads.layers)
-        n = len(old)
-        self._store({layer: (old, level[:n])}, {layer: (*fresh, level[n:])})
-        if layer == len(self.states) - 1 and policy.scope == "all":
-            self._rewrite({n: self._tokens(n) for n in range(len(self.states))}, {}, allowed)
+        sizes = [len(x) for x in old]
+        *levels, last = level.split([*sizes, len(fresh.tokens)])
+        self.shelf.store([layer], old, list(levels), [(fresh, last)])
+        if layer == heads.layers - 1 and policy.scope == "all":
+            tokens = self._tokens(self._every)
+            self.shelf.rewrite(self._every, tokens, [], self._memo, allowed)
 
-    def _tokens(self, layer: int) -> Tokens:
-        return Tokens.cat(self.pool.read(slice(layer, layer + 1), codes=False).tokens)
+    @property
+    def _every(self) -> list[int]:
+        return list(range(len(self.states)))
+
+    def _tokens(self, layers: list[int]) -> list[Tokens]:
+        return self.pool.read(layers, codes=False).tokens
 
     # ------------------------------------------------------------ pages
-
-    def _rewrite(
-        self,
-        old: dict[int, Tokens],
-        fresh: dict[int, tuple[Tokens, Tensor, Tensor]],
-        allowed: int,
-    ) -> None:
-        """Decide for all these tokens together, and bring the pages to it."""
-        policy, pool, layout = self.policy, self.pool, self.layout
-        assert policy is not None
-        tokens = Tokens.cat([*old.values(), *(f[0] for f in fresh.values())])
-        memo = self._memo = {}
-        level = decide(policy, tokens, self.heads, memo, allowed)
-        parts = iter(
-            level.split([len(x) for x in old.values()] + [len(f[0]) for f in fresh.values()])
-        )
-        levels = {n: (x, next(parts)) for n, x in old.items()}
-        added = {n: (*f, next(parts)) for n, f in fresh.items()}
-        self.refreshes += 1
-        self.coded += sum(len(x) for x in old.values())
-        self.recoded += sum(int((new != x.level).sum()) for x, new in levels.values())
-        size = max(1, CHUNK_BYTES // max(1, pool.memory.nbytes // max(1, pool.layers)))
-        chunks = []
-        for first in range(0, len(self.states), size):
-            part = range(first, min(first + size, len(self.states)))
-            mine = {n: levels[n] for n in part if n in levels}
-            new = {n: added[n] for n in part if n in added}
-            unchanged = all(bool((x.level == lv).all()) for x, lv in mine.values())
-            if not new and unchanged:
-                continue
-            after = [x.at(lv) for x, lv in mine.values()] + [f[0].at(f[3]) for f in new.values()]
-            have = int((pool.table[list(mine)] >= 0).sum())
-            growth = pages_for(Tokens.cat(after), layout) - have
-            chunks.append((growth, first, mine, new))
-        # Who gives pages back goes first.
-        for _, _, mine, new in sorted(chunks, key=lambda c: c[:2]):
-            self._store(mine, new)
-
-    def _store(
-        self,
-        old: dict[int, tuple[Tokens, Tensor]],
-        fresh: dict[int, tuple[Tokens, Tensor, Tensor, Tensor]],
-    ) -> None:
-        """Rewrite the pages of some layers: old tokens with their new scores at new levels,
-        and fresh ones. All coded tokens of these layers are among ``old``, as they are read."""
-        pool, layout = self.pool, self.layout
-        contents: list[Content] = []
-        layers = sorted(old.keys() | fresh.keys())
-        for layer in layers:
-            if layer in old:
-                content = pool.read(slice(layer, layer + 1))
-                tokens, level = old[layer]
-                sizes = [len(x) for x in content.tokens]
-                order = torch.arange(len(tokens), device=level.device).split(sizes)
-                content.tokens = [tokens[index] for index in order]
-                contents.append(relevel(content, level.split(sizes), self.states, self.heads))
-            if layer in fresh:
-                tokens, k, v, level = fresh[layer]
-                state = self.states[layer]
-                contents.append(encode_tokens(tokens.at(level), k, v, state, layout))
-        for layer in layers:
-            pool.release(slice(layer, layer + 1))
-        pool.write(join(contents, layout))
 
     def _encode_whole(
         self, layer: int, state: State, k: Tensor, v: Tensor, i: Tensor, live: Tensor
@@ -309,10 +248,14 @@ class Keeper:
         """Drop a layer's coded tokens i >= end [B]."""
         if not self.layout.tracked:
             return
-        tokens = self._tokens(layer)
-        row = tokens.group // self.pool.heads % self.pool.batch
-        level = torch.where(tokens.i < end.to(row.device)[row], tokens.level, 0)
-        self._store({layer: (tokens, level)}, {})
+        tokens = self._tokens([layer])
+        end = end.to(self.pool.device)
+        levels = [
+            torch.where(t.i < end[t.group // self.pool.heads % self.pool.batch], t.level, 0)
+            for t in tokens
+        ]
+        if any(bool((lv == 0).any()) for lv in levels):
+            self.shelf.store([layer], tokens, levels, [])
 
     # ------------------------------------------------------------ rows, and what it costs
 
@@ -329,9 +272,8 @@ class Keeper:
             return
         contents = []
         for layer in range(len(source.states)):
-            content = theirs.read(slice(layer, layer + 1))
-            contents.append(_select(content, layer, rows, theirs, self.layout))
-        pool.release(slice(0, pool.layers))
+            contents.append(_select(theirs.read([layer]), layer, rows, theirs, self.layout))
+        pool.release(list(range(pool.layers)))
         whole = join(contents, self.layout)
         tokens = Tokens.cat(whole.tokens)
         if pages_for(tokens, self.layout) > pool.free:
@@ -369,7 +311,7 @@ class Keeper:
         """What the pool holds, as plain numbers."""
         if not self.layout.tracked:
             return {}
-        tokens = Tokens.cat(self.pool.read(slice(0, self.pool.layers), codes=False).tokens)
+        tokens = Tokens.cat(self.pool.read(range(self.pool.layers), codes=False).tokens)
         counts = torch.bincount(tokens.level, minlength=self.heads.tiers + 1)[1:].tolist()
         seen = self.coordinates // (2 * self.layout.head_dim)
         stored = sum(n * size for n, size in zip(counts, self.layout.record_bytes, strict=True))

@@ -13,14 +13,13 @@ from .test_generate_cuda import llama, prompt, settings
 
 def states(device: str) -> LayerState:
     torch.manual_seed(3)
-    turn = None
-    state = LayerState(
-        skv.Config(bits=2.2), 2, 2, 64, 2048, torch.float32, torch.device(device), turn=turn
-    )
+    config = skv.Config(bits=2.2, retention="none")
+    state = LayerState(config, 2, 2, 64, 2048, torch.float32, torch.device(device), group=2)
     k, v = torch.randn(2, 2, 2, 700, 64).to(device)
     q = torch.randn(2, 4, 700, 64).to(device)
     position = torch.arange(700, device=device)
     state.calibrate(q, k, v, None, position)
+    state.retain(q, k, v, None, position, 64**-0.5)
     state.append(k, v, None, position)
     return state
 
@@ -37,7 +36,7 @@ def test_generate_decodes_through_cuda_graphs_without_a_skip():
     torch._dynamo.reset()
     counters.clear()
     model = llama(torch.bfloat16)
-    skv.compile(model, bits=2.2)
+    skv.compile(model, bits=2.2, retention="none")
     model.generate(**prompt(1, 700), **settings(64))
     assert counters["inductor"]["cudagraph_skips"] == 0
     assert counters["stats"]["unique_graphs"] == 1
@@ -47,7 +46,7 @@ def test_compiled_decoding_equals_eager_decoding_on_the_same_codes():
     torch._dynamo.reset()
     model = llama()
     text = prompt(2, 700)
-    eager = skv.SphericalCache(model.config, 1024, bits=2.2)
+    eager = skv.SphericalCache(model.config, 1024, bits=2.2, retention="none")
     want = model.generate(
         **text,
         **settings(80),
@@ -56,7 +55,7 @@ def test_compiled_decoding_equals_eager_decoding_on_the_same_codes():
         return_dict_in_generate=True,
         output_logits=True,
     )
-    skv.compile(model, bits=2.2)
+    skv.compile(model, bits=2.2, retention="none")
     got = model.generate(**text, **settings(80), return_dict_in_generate=True, output_logits=True)
     first = (got.sequences != want.sequences).any(0).nonzero()
     steps = (int(first[0]) - 700 if len(first) else 80) or 1
@@ -69,7 +68,7 @@ def test_a_compiled_prefill_calibrates_under_reduce_overhead():
     torch._dynamo.reset()
     model = llama()
     ids = prompt(1, 600)["input_ids"]
-    caches = [skv.SphericalCache(model.config, 1024, bits=2.2) for _ in range(2)]
+    caches = [skv.SphericalCache(model.config, 1024, bits=2.2, retention="none") for _ in range(2)]
     with torch.no_grad():
         want = model(ids, past_key_values=caches[0]).logits
         caches[1].early_initialization(1, 2, 64, torch.float32, torch.device("cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
     [
         ("own_module.py", "bytes of the key buffer: 2097152 -> 4"),
         ("decorator.py", "largest difference to the dense module:"),
-        pytest.param("generate.py", "bits_per_coordinate    2.125", marks=pytest.mark.slow),
+        pytest.param(  # nearly all of the bits, and no more
+            "generate.py",
+            r"bits_per_coordinate +2\.12(5|[0-4]\d*)\n",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_example_runs(name: str, promise: str) -> None:
@@ -26,4 +31,4 @@ def test_an_example_runs(name: str, promise: str) -> None:
         [sys.executable, name], cwd=EXAMPLES, capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert promise in done.stdout
+    assert re.search(promise, done.stdout)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StaticCache
 
 import skv_compile as skv
 from skv_compile.errors import CacheStateError, ConfigError, UnsupportedError
+from skv_compile.lowering.state import FIRST_FRAME
 
 OPTIONS = {"codec": "identity", "recent": 20, "page_tokens": 16, "inner": "eager"}
 
@@ -109,9 +110,8 @@ def test_padding_is_no_prompt_to_calibrate_on() -> None:
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
     plain_frames = cache.states[0]._frames()
-    assert all(
-        torch.equal(a, b) for a, b in zip(cache.states[0].tensors[5:], plain_frames, strict=True)
-    )
+    frames = cache.states[0].tensors[FIRST_FRAME:]
+    assert all(torch.equal(a, b) for a, b in zip(frames, plain_frames, strict=True))
 
 
 def test_a_compiled_model_takes_a_positional_generation_config_and_is_not_copied() -> None:

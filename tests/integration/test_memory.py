@@ -25,14 +25,14 @@ process = psutil.Process()
 k = torch.randn(1, HEADS, CHUNK, DIM)
 
 def run(tokens):
-    cache = skv.SphericalCache(config, max_cache_len=tokens, bits=2.125)
+    cache = skv.SphericalCache(config, tokens, bits=2.125, retention="none")
     for _ in range(tokens // CHUNK - 1):
         for layer in cache.layers:
             keys, _ = layer.update(k, k)
             if mode == "dense":
                 keys._pending.dense()
             else:
-                keys._pending.store(None)
+                keys._pending.store(None, None, 1.0)
     one = k[:, :, :1].contiguous()
     for layer in cache.layers:
         keys, _ = layer.update(one, one)

@@ -46,7 +46,8 @@ def exact() -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
 @pytest.mark.parametrize(("codec", "bits"), BOUNDS, ids=lambda x: str(x))
 def test_kl_of_a_continuation_scored_through_the_cache(exact, codec: str, bits: float) -> None:
     model, ids, logits = exact
-    cache = skv.SphericalCache(model.config, ids.shape[1], codec=codec, bits=bits)
+    config = skv.Config(codec=codec, bits=bits, retention="none")
+    cache = skv.SphericalCache(model.config, ids.shape[1], config)
     got = metrics.score_continuation(model, ids[:, :-1], PREFIX, cache)
     found = metrics.compare(logits, got, ids[0, PREFIX + 1 :])
     assert found.kl_mean <= BOUNDS[codec, bits], str(found)

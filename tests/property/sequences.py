@@ -12,8 +12,9 @@ from torch import Tensor
 
 from skv_compile.cache.state import LayerState
 from skv_compile.lowering import codes
-from skv_compile.lowering.reference import page_field
-from skv_compile.lowering.state import LENGTH, PAD, PAGES
+from skv_compile.lowering.layout import Layout
+from skv_compile.lowering.reference.pages import Records, page_records
+from skv_compile.lowering.state import CODED, LENGTH, PAD
 
 SLOTS = 96
 MASKS = ("bool", "broadcast", "float_inf", "float_min", "bias", "per_head")
@@ -94,12 +95,14 @@ class Sequence:
         return [(end - n, end) for end, n in zip(ends, self.chunks, strict=True)]
 
     def step(self, state: LayerState, begin: int, end: int) -> Tensor:
-        """attend, then append, of tokens begin..end."""
+        """attend, retain and append of tokens begin..end, as a model does it."""
+        state.keeper.tick(end - begin)
         q, k, v = (x[:, :, begin:end] for x in (self.q, self.k, self.v))
         mask = None if self.mask is None else self.mask[:, :, begin:end]
         position = torch.arange(begin, end)
         causal = self.mask is None and end - begin > 1
         out = state.attend(q, k, v, mask, position, causal, self.scale)
+        state.retain(q, k, v, mask, position, self.scale)
         state.append(k, v, mask, position)
         return out
 
@@ -120,41 +123,59 @@ class Sequence:
         return out.masked_fill(~real[:, None, :, None], 0)  # a padding query may see nothing
 
 
+def settle(*states: LayerState) -> None:
+    """Let everything leave the ring that may: steps of one token wait until there is no room."""
+    for state in states:
+        state.keeper.maintain()
+
+
 def decoded(state: LayerState) -> tuple[Tensor, Tensor]:
-    """Keys and values at their slots in float64, straight from the tensors' definition."""
+    """Keys and values at their slots in float64, straight from the tensors' definition.
+
+    Of pages of consecutive tokens: page n of a row and head is the one its table lists there.
+    """
     layout, tensors = state.layout, state.tensors
     shape = (state.batch, state.heads, layout.max_tokens, layout.head_dim)
     out = []
-    for side, exact, frame in (
-        ("key", tensors.exact_keys, tensors.key_frame),
-        ("value", tensors.exact_values, tensors.value_frame),
+    for side, exact, basis in (
+        ("key", tensors.exact_keys, tensors.key_basis),
+        ("value", tensors.exact_values, tensors.value_basis),
     ):
         dense = torch.zeros(shape, dtype=torch.float64)
         for b in range(state.batch):
-            pad, length, pages = (int(tensors.meta[b, n]) for n in (PAD, LENGTH, PAGES))
+            pad, length, coded = (int(tensors.meta[b, n]) for n in (PAD, LENGTH, CODED))
+            assert coded % layout.page_tokens == 0
             for h in range(state.heads):
-                first = (b * state.heads + h) * layout.max_pages
-                coded = tensors.pool[first : first + pages]
-                if layout.kind == "digits" and pages:
-                    digits = codes.unpack_digits(page_field(coded, layout, f"{side}_digits"))
-                    # A radius is a float32 number by definition; the rest is exact here.
-                    radius = codes.decode_radius(page_field(coded, layout, f"{side}_radius"))
-                    vectors = frame.out[h].double()
-                    x = (digits.double() - 1.5) @ vectors[:-1] * radius.double() + vectors[-1]
-                elif pages:
-                    raw = page_field(coded, layout, f"{side}s").contiguous()
-                    x = raw.view(state.dtype).double()
+                ids = tensors.table[b, h, : coded // layout.page_tokens].long()
+                records = page_records(tensors.pool[ids], layout, 0)
+                x = vectors_of(records, side, basis, h, layout, state.dtype)
                 for t in range(length):
                     i = t - layout.sinks
                     if i < 0:
                         row = exact[b, h, t]
-                    elif i < pages * layout.page_tokens:
+                    elif i < coded:
                         row = x[i]
                     else:
                         row = exact[b, h, layout.sinks + i % layout.ring]
                     dense[b, h, pad + t] = row
         out.append(dense)
     return out[0], out[1]
+
+
+def vectors_of(
+    records: Records, side: str, basis: codes.Basis, h: int, layout: Layout, dtype: torch.dtype
+) -> Tensor:
+    """[n, D] float64 of pages of head h in the only tier."""
+    records = {name: x.flatten(0, 1) for name, x in records.items()}
+    if layout.kind == "exact":
+        return records[f"{side}s"].contiguous().view(dtype).double()
+    digits = codes.unpack_digits(records[f"{side}_digits"]).double()
+    # A radius is a float32 number by definition; the rest is exact here.
+    radius = codes.decode_radius(records[f"{side}_radius"]).double()
+    dims, shifts = basis.plan[h].long()
+    weight = basis.grid[h, 0, 0].double()[dims] * 2.0**shifts
+    back = basis.back[h].double()
+    return (digits - 1.5) * weight @ back[:-1][dims] * radius + back[-1]
 
 
 def fp32_bound(seq: Sequence) -> float:

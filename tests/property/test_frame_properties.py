@@ -12,10 +12,11 @@ from torch import Tensor
 
 from skv_compile.config import HEAD_DIMS
 from skv_compile.lowering import codes
-from skv_compile.lowering.layout import Layout
-from skv_compile.lowering.reference import append, attend, decode_pages, encode_pages
+from skv_compile.lowering.layout import Digits, Layout
+from skv_compile.lowering.reference import append, attend
 from skv_compile.lowering.reference.attend import code_logits
 from skv_compile.lowering.reference.calibrate import _query_moment, fit_frames
+from skv_compile.lowering.reference.pages import decode_records, encode_records, page_bytes
 from skv_compile.lowering.rings import ring_frame
 from skv_compile.lowering.state import State
 from skv_compile.lowering.turn import block_start, half_split_plan, interleaved_plan, turn
@@ -43,23 +44,36 @@ def draw(seed: int, tokens: int = TOKENS, heads: int = 2, dim: int = 64) -> tupl
 
 
 def form(block: int = 64, dim: int = 64, **kw) -> Layout:
-    sizes = {"key_digits": dim, "value_digits": dim, "block": block, "calibrate": 256, **kw}
-    return Layout("digits", dim, 1024, 8, 4, 32, **sizes)
+    sizes = {"tiers": (Digits(dim, dim),), "block": block, "calibrate": 256, **kw}
+    return Layout("digits", dim, 1024, 8, 4, 32, 8, **sizes)
 
 
 def plan_of(layout: Layout) -> Tensor:
     return half_split_plan(speeds(layout.head_dim), layout.head_dim) if layout.block else EMPTY
 
 
+def fit_bases(data, layout: Layout, mask: Tensor | None = None) -> tuple[codes.Basis, codes.Basis]:
+    return fit_frames(*data, mask, torch.arange(data[0].shape[2]), plan_of(layout), layout)[:2]
+
+
 def fit(data, layout: Layout, mask: Tensor | None = None) -> tuple[codes.Frame, codes.Frame]:
-    return fit_frames(*data, mask, torch.arange(data[0].shape[2]), plan_of(layout), layout)
+    """The frames of the one tier of a layout."""
+    bases = fit_bases(data, layout, mask)
+    return tuple(x.frame(0, 0, n) for x, n in zip(bases, layout.tiers[0], strict=True))
 
 
-def state(frames, layout: Layout, length: int = 0) -> State:
-    pool = torch.full((2 * layout.max_pages + 1, layout.page_bytes), 0xFF, dtype=torch.uint8)
+def state(bases, layout: Layout, length: int = 0) -> State:
+    """A state of one row and two heads, whose pages hold consecutive tokens."""
+    pages = 2 * layout.max_pages
+    pool = torch.full((pages, layout.page_bytes), 0xFF, dtype=torch.uint8)
+    number = torch.arange(pages, dtype=torch.int32)
+    info = torch.stack([number % layout.max_pages * 8, torch.full_like(number, 8)], 1)
     exact = torch.full((2, 1, 2, layout.exact_slots, layout.head_dim), torch.nan)
     meta = torch.tensor([[0, length, 0, 0]])
-    return State(*exact, pool, meta, plan_of(layout), *frames[0], *frames[1])
+    table = number.view(1, 2, -1)
+    return State(
+        *exact, EMPTY, meta, pool, info, table, plan_of(layout), *bases[0], *bases[1], EMPTY
+    )
 
 
 def same(one, other) -> bool:
@@ -76,22 +90,32 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("kind", ["digits", "rings"])
 @pytest.mark.parametrize("block", [0, 16, 64])
 @given(
-    seed=seeds, first=st.integers(0, 50), pages=st.integers(1, 9), dim=st.sampled_from(HEAD_DIMS)
+    seed=seeds,
+    first=st.integers(0, 50),
+    pages=st.integers(1, 9),
+    dim=st.sampled_from(HEAD_DIMS),
+    tier=st.integers(0, 1),
 )
-def test_logits_from_codes_are_products_with_the_decoded_keys(kind, block, seed, first, pages, dim):
-    layout = (
-        form(block, dim)
-        if kind == "digits"
-        else Layout("rings", dim, 1024, 8, 4, 32, dim, dim, block)
-    )
+def test_logits_from_codes_are_products_with_the_decoded_keys(
+    kind, block, seed, first, pages, dim, tier
+):
+    if kind == "digits":
+        layout = form(block, dim, tiers=(Digits(dim // 16 * 8, 8), Digits(dim, dim)), unit=1)
+    else:
+        tiers = (Digits(dim, dim), Digits(2 * dim, 2 * dim))
+        layout = Layout("rings", dim, 1024, 8, 4, 32, 8, tiers, block=block)
     q, k, v = draw(seed, 8 * pages, dim=dim)
     fitting = draw(seed + 1, 256, dim=dim)
-    frames = fit(fitting, layout) if kind == "digits" else (ring_frame(2, dim, k.device),) * 2
-    tensors, numbers = state(frames, layout), first + torch.arange(pages)
-    coded = encode_pages(k, v, numbers[None], tensors, layout)
-    keys = decode_pages(coded, numbers[None], tensors, layout)[0]
+    if kind == "digits":
+        bases = fit_bases(fitting, layout)
+    else:
+        bases = (codes.Basis.of([ring_frame(2, dim, k.device)] * 2),) * 2
+    tensors = state(bases, layout)
+    i = (8 * first + torch.arange(8 * pages)).expand(1, 2, -1)
+    coded = encode_records(k, v, i, tensors, layout, tier)
+    keys = decode_records(coded, i, tensors, layout, tier)[0]
     rows = q[:, :, :3].reshape(1, 2, 6, dim)
-    got = code_logits(rows, coded, numbers, tensors, layout)
+    got = code_logits(rows, coded, i, tensors, layout, tier)
     want = rows.double() @ keys.double().mT
     # A sum of digits * dim products each way, and angles of up to ``first`` pages.
     room = 64 * EPS * (rows.norm(dim=-1)[..., None] * (keys.norm(dim=-1) + 30)[:, :, None, :])
@@ -104,12 +128,17 @@ def test_logits_from_codes_are_products_with_the_decoded_keys(kind, block, seed,
 def test_attention_over_pages_is_attention_over_the_decoded_tokens(block: int, seed: int) -> None:
     layout = form(block)
     q, k, v = draw(seed)
-    tensors = state(fit((q, k, v), layout), layout)
-    append(k, v, None, torch.arange(TOKENS), tensors, layout)
+    tensors = state(fit_bases((q, k, v), layout), layout)
     whole = (TOKENS - layout.sinks - layout.recent) // 8
-    numbers = torch.arange(whole)[None]
-    pages = tensors.pool[:-1].view(1, 2, layout.max_pages, -1)[:, :, :whole]
-    for x, back in zip((k, v), decode_pages(pages, numbers, tensors, layout), strict=True):
+    i = torch.arange(8 * whole)[None, None]
+    coded = encode_records(
+        k[:, :, 4 : 4 + 8 * whole], v[:, :, 4 : 4 + 8 * whole], i, tensors, layout, 0
+    )
+    paged = {name: x.unflatten(2, (-1, 8)) for name, x in coded.items()}
+    tensors.pool[tensors.table[:, :, :whole].long()] = page_bytes(paged, layout, 0)
+    append(k, v, None, torch.arange(TOKENS), *tensors[:2], tensors.meta, layout)
+    assert tensors.meta[0].tolist() == [0, TOKENS, 8 * whole, 0]
+    for x, back in zip((k, v), decode_records(coded, i, tensors, layout, 0), strict=True):
         x[:, :, 4 : 4 + 8 * whole] = back
     q1, k1, v1 = (x[:, :, :1] for x in draw(seed + 1))
     got = attend(q1, k1, v1, None, torch.tensor([TOKENS]), tensors, False, 0.125, layout)
@@ -154,8 +183,7 @@ def test_powers_of_two_scale_what_is_decoded_and_no_digit(seed: int, power: int,
 def test_powers_of_two_about_the_centre_scale_radii_only(seed: int, power: int) -> None:
     data = draw(seed)
     for x, frame in zip(data[1:], fit(data, form()), strict=True):
-        into, grid, plan, out = frame
-        frame = codes.Frame(into, grid, plan, torch.cat([out[:, :-1], 0 * out[:, -1:]], 1))
+        frame = frame._replace(back=torch.cat([frame.back[:, :-1], 0 * frame.back[:, -1:]], 1))
         digits, radius = codes.encode(x, frame, unbiased=True)
         scaled, size = codes.encode(x * 2.0**power, frame, unbiased=True)
         assert torch.equal(scaled, digits)
@@ -279,8 +307,8 @@ def test_turning_both_sides_alike_changes_no_logit(seed: int, shift: int, dim: i
     assert (logits - q @ k.T).abs().max() < 1e-5 * math.sqrt(dim) * q.norm() * k.norm()
 
 
-@given(page=st.integers(0, 500), sinks=st.integers(0, 9), pages=st.integers(1, 16))
-def test_a_block_starts_at_its_first_token(page: int, sinks: int, pages: int) -> None:
-    layout = Layout("digits", 64, 4096, 8, sinks, 32, 64, 64, 8 * pages)
-    assert block_start(torch.tensor(page), layout) == sinks + page // pages * pages * 8
-    assert block_start(torch.tensor(page), form(0)) == 0
+@given(i=st.integers(0, 4000), sinks=st.integers(0, 9), pages=st.integers(1, 16))
+def test_a_block_starts_at_its_first_token(i: int, sinks: int, pages: int) -> None:
+    layout = Layout("digits", 64, 4096, 8, sinks, 32, 8, (Digits(64, 64),), block=8 * pages)
+    assert block_start(torch.tensor(i), layout) == sinks + i // (8 * pages) * (8 * pages)
+    assert block_start(torch.tensor(i), form(0)) == 0

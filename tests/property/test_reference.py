@@ -8,14 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sequences import SLOTS, Sequence, decoded, fp32_bound, sequences
+from sequences import SLOTS, Sequence, decoded, fp32_bound, sequences, settle
 from support import max_error
 
-from skv_compile.lowering.state import (
-    LENGTH,
-    PAD,
-    PAGES,
-)
+from skv_compile.lowering.state import CODED, LENGTH, PAD
 
 ROUNDING = 1e-12  # of float64 attention on values of order 1, with room for its ~100 terms
 
@@ -49,6 +45,7 @@ def test_identity_in_float32_is_float64_attention_up_to_rounding(seq: Sequence) 
 def test_coded_attention_is_attention_over_what_the_codes_decode_to(codec, seq: Sequence) -> None:
     state = seq.state(codec)
     for begin, end in seq.spans():
+        state.keeper.tick(end - begin)  # as the step will, which then moves nothing more
         k, v = decoded(state)
         # The forward's own tokens are exact.
         k[:, :, begin:end], v[:, :, begin:end] = seq.k[:, :, begin:end], seq.v[:, :, begin:end]
@@ -94,11 +91,12 @@ def test_stepping_and_chunking_store_the_same_codes(codec: str, head_dim: int, d
         seq.step(chunked, begin, end)
     for t in range(seq.tokens):
         seq.step(stepped, t, t + 1)
+    settle(chunked, stepped)
     assert torch.equal(chunked.tensors.meta, stepped.tensors.meta)
-    most = chunked.layout.max_pages
-    pools = [s.tensors.pool[:-1].view(seq.batch, seq.heads, most, -1) for s in (chunked, stepped)]
-    for row, pages in enumerate(chunked.tensors.meta[:, PAGES].tolist()):
-        assert torch.equal(pools[0][row, :, :pages], pools[1][row, :, :pages])
+    pages = [s.tensors.pool[s.tensors.table.long()] for s in (chunked, stepped)]
+    for row, coded in enumerate(chunked.tensors.meta[:, CODED].tolist()):
+        count = coded // chunked.layout.page_tokens
+        assert torch.equal(pages[0][row, :, :count], pages[1][row, :, :count])
     for one, other in zip(chunked.dense(), stepped.dense(), strict=True):
         assert torch.equal(one, other)
 
@@ -126,13 +124,20 @@ def test_padding_is_never_stored(codec: str, seq: Sequence) -> None:
 
 @given(sequences())
 def test_pages_take_only_what_is_older_than_the_recent_window(seq: Sequence) -> None:
-    state = seq.state("grid")
+    lazy, prompt = seq.state("grid"), seq.state("grid")
+    layout = lazy.layout
     for begin, end in seq.spans():
-        seq.step(state, begin, end)
-        length, pages = state.tensors.meta[:, LENGTH], state.tensors.meta[:, PAGES]
-        layout = state.layout
+        seq.step(lazy, begin, end)
+        seq.step(prompt, begin, end)
+        settle(prompt)
+        length, coded = lazy.tensors.meta[:, LENGTH], lazy.tensors.meta[:, CODED]
         old = (length - layout.sinks - layout.recent).clamp(min=0)
-        assert torch.equal(pages, old // layout.page_tokens)
+        assert torch.equal(
+            prompt.tensors.meta[:, CODED], old // layout.page_tokens * layout.page_tokens
+        )
+        # What is due waits no longer than there is room for it.
+        assert (coded <= prompt.tensors.meta[:, CODED]).all()
+        assert (length - layout.sinks - coded <= layout.ring).all()
 
 
 @pytest.mark.parametrize("codec", ["identity", "grid"])
@@ -153,8 +158,9 @@ def test_a_rewind_within_the_ring_replaces_the_last_tokens(codec, seq: Sequence,
     state = seq.state(codec)
     for begin, end in seq.spans():
         seq.step(state, begin, end)
-    layout, (_, length, pages, _) = state.layout, state.tensors.meta[0].tolist()
-    oldest = pages * layout.page_tokens + (layout.sinks if pages else 0)
+    settle(state)
+    layout, (_, length, coded, _) = state.layout, state.tensors.meta[0].tolist()
+    oldest = coded + (layout.sinks if coded else 0)
     start = data.draw(st.integers(max(oldest, 1), length))
     if start >= seq.tokens:
         return

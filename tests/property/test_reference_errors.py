@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from sequences import SLOTS, Sequence, decoded, fp32_bound, sequences
-from support import same_state
+from support import same_state, store
 
 from skv_compile.errors import CacheStateError, CapacityError, NonFiniteError, SkvError
 from skv_compile.lowering import reference
+from skv_compile.lowering.layout import Layout
 from skv_compile.lowering.state import (
     FLAG_FULL,
     FLAG_NONFINITE,
     FLAG_POSITION,
     FLAGS,
     LENGTH,
+    State,
 )
 
 # ---------------------------------------------------------------- errors store nothing
@@ -48,7 +52,7 @@ def test_a_value_that_is_not_finite_in_padding_is_no_error() -> None:
     seq.k[0, :, :5] = torch.nan
     state = seq.state("grid")
     mask = seq.mask[:, :, :20]
-    state.append(seq.k, seq.v, mask, torch.arange(20))
+    store(state, seq.k, seq.v, mask, torch.arange(20))
     assert state.tensors.meta[:, LENGTH].tolist() == [15, 20]
 
 
@@ -57,10 +61,12 @@ def test_more_tokens_than_the_cache_was_made_for_are_refused(tokens: int) -> Non
     _, state = filled("grid", SLOTS if tokens == 1 else 50)
     start = SLOTS if tokens == 1 else 50
     x = torch.zeros(2, 2, tokens, 16, dtype=torch.float64)
-    unchanged = same_state(state)
-    with pytest.raises(CapacityError, match=f"made for {SLOTS} tokens.*larger max_cache_len"):
-        state.append(x, x, None, torch.arange(start, start + tokens))
-    assert unchanged()
+    position = torch.arange(start, start + tokens)
+    for store_them in (partial(store, state), state.append):
+        unchanged = same_state(state)
+        with pytest.raises(CapacityError, match=f"made for {SLOTS} tokens.*larger max_cache_len"):
+            store_them(x, x, None, position)
+        assert unchanged()
 
 
 @pytest.mark.parametrize("start", [51, 5, 60])
@@ -89,12 +95,16 @@ def test_a_query_that_may_see_nothing_gets_zeros() -> None:
 # ---------------------------------------------------------------- where nothing can be raised
 
 
-class Elsewhere(torch.Tensor):
-    """A CPU tensor that says it is on an accelerator, where no value may be read."""
+class Foreign(torch.Tensor):
+    """A CPU tensor that says it is on an accelerator."""
 
     @property
     def is_cuda(self) -> bool:
         return True
+
+
+class Elsewhere(Foreign):
+    """The same, where no value may be read."""
 
     def __bool__(self) -> bool:
         raise AssertionError("a value was read")
@@ -102,13 +112,25 @@ class Elsewhere(torch.Tensor):
     __int__ = __float__ = __index__ = item = tolist = __bool__
 
 
+def append(k, v, mask, position, tensors: State, layout: Layout) -> None:
+    exact_keys, exact_values, _, meta = tensors[:4]
+    reference.append(k, v, mask, position, exact_keys, exact_values, meta, layout)
+
+
 def elsewhere(state, seq: Sequence, begin: int, end: int) -> torch.Tensor:
-    """``Sequence.step`` on tensors that must not be read."""
-    q, k, v = (x[:, :, begin:end].as_subclass(Elsewhere) for x in (seq.q, seq.k, seq.v))
-    mask, position = seq.mask[:, :, begin:end], torch.arange(begin, end).as_subclass(Elsewhere)
-    tensors = state.tensors._replace(meta=state.tensors.meta.as_subclass(Elsewhere))
+    """``Sequence.step`` on tensors of which a forward of one token must read no value."""
+    state.keeper.tick(end - begin)
+    kind = Elsewhere if end - begin == 1 else Foreign
+    own = tuple(x[:, :, begin:end] for x in (seq.q, seq.k, seq.v))
+    mask, place = seq.mask[:, :, begin:end], torch.arange(begin, end)
+    q, k, v, position = (x.as_subclass(kind) for x in (*own, place))
+    tensors = state.tensors._replace(meta=state.tensors.meta.as_subclass(kind))
     out = reference.attend(q, k, v, mask, position, tensors, False, seq.scale, state.layout)
-    reference.append(k, v, mask, position, tensors, state.layout)
+    if end - begin > 1:
+        state.retain(*own, mask, place, seq.scale)
+    q, k, v, position = (x.as_subclass(Elsewhere) for x in (*own, place))
+    tensors = state.tensors._replace(meta=state.tensors.meta.as_subclass(Elsewhere))
+    append(k, v, mask, position, tensors, state.layout)
     return out.as_subclass(torch.Tensor)
 
 
@@ -141,7 +163,7 @@ def test_what_cannot_be_raised_is_flagged_and_nothing_is_stored(codec, flag, sta
     k, v = k.as_subclass(Elsewhere), v.as_subclass(Elsewhere)
     tensors = state.tensors._replace(meta=state.tensors.meta.as_subclass(Elsewhere))
     unchanged = same_state(state)
-    reference.append(k, v, None, position, tensors, state.layout)
+    append(k, v, None, position, tensors, state.layout)
     meta = state.tensors.meta
     assert (meta[:, FLAGS] == flag).all()
     meta[:, FLAGS] = 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from skv_compile.lowering.hadamard import rotation
-from skv_compile.lowering.layout import Layout
+from skv_compile.lowering.layout import Digits, Layout
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "baselines.py"
 _SPEC = importlib.util.spec_from_file_location("benchmark_baselines", _FILE)
@@ -94,7 +94,7 @@ def test_only_the_region_changes():
 
 def test_frame_keys_code_their_pages_closer_with_more_digits():
     q, k, v = (normal(1, heads, 300, 16).float() for heads in (4, 2, 2))
-    layout = Layout("digits", 16, 300, 64, 4, 64, 16, 16, calibrate=256)
+    layout = Layout("digits", 16, 300, 64, 4, 64, 64, (Digits(16, 16),), calibrate=256)
     region = baselines.coded_region(300, 4, 64, 64)
     errors = []
     for digits in (8, 16, 32):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import layer_state, tiny
+from support import SMALL, layer_state, tiny
 
 import skv_compile as skv
 from skv_compile.backend import SkvBackend, split_options
 from skv_compile.cache.state import LayerState
-from skv_compile.codec.tiers import choose_tier, tiers
+from skv_compile.codec.tiers import choose_layout, layouts
 from skv_compile.config import HEAD_DIMS, make_config, parse_bytes
 from skv_compile.errors import ConfigError, SkvError, UnsupportedError
 
@@ -89,6 +89,7 @@ def test_something_else_than_a_config_is_refused() -> None:
 
 def test_overrides_win_over_the_config() -> None:
     assert make_config(skv.Config(bits=3.0, sinks=2), bits=4.0) == skv.Config(bits=4.0, sinks=2)
+    assert make_config(None, codec="identity") == skv.Config(codec="identity")
 
 
 # ---------------------------------------------------------------- bytes
@@ -123,33 +124,35 @@ def test_what_is_no_size_is_refused(text: object) -> None:
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_tiers_go_from_coarse_to_fine(head_dim: int) -> None:
-    rates = [tier.rate for tier in tiers(skv.Config(), head_dim, 100, "float32")]
+    rates = [layout.rate(0) for layout in layouts(skv.Config(), head_dim, 100, "float32")]
     assert rates == sorted(rates)
     assert len(set(rates)) == len(rates)
 
 
 @given(st.sampled_from(HEAD_DIMS), st.floats(0.1, 64))
 def test_the_tier_is_the_finest_within_the_bits(head_dim: int, bits: float) -> None:
-    config = skv.Config(bits=bits)
-    available = tiers(config, head_dim, 100, "float32")
-    if bits < available[0].rate:
+    config = skv.Config(bits=bits, retention="none")
+    available = layouts(config, head_dim, 100, "float32")
+    if bits < available[0].rate(0):
         with pytest.raises(ConfigError, match="below the coarsest tier"):
-            choose_tier(config, head_dim, 100, "float32")
+            choose_layout(config, head_dim, 100, "float32")
         return
-    tier = choose_tier(config, head_dim, 100, "float32")
-    assert tier.rate <= bits + 1e-9
-    assert not any(tier.rate < other.rate <= bits for other in available)
+    rate = choose_layout(config, head_dim, 100, "float32").rate(0)
+    assert rate <= bits + 1e-9
+    assert not any(rate < other.rate(0) <= bits for other in available)
 
 
 def test_bits_below_the_coarsest_tier_name_the_lowest_rate() -> None:
+    config = skv.Config(bits=1.0, codec="grid", retention="none")
     with pytest.raises(ConfigError, match=r"2\.125 bits per coordinate\. Ask for at least that"):
-        choose_tier(skv.Config(bits=1.0, codec="grid"), 64, 100, "float32")
+        choose_layout(config, 64, 100, "float32")
 
 
+@pytest.mark.parametrize("retention", ["none", "rdr"])
 @pytest.mark.parametrize("head_dim", [8, 24, 100, 512])
-def test_a_head_dim_without_a_tier_is_refused_with_what_to_do(head_dim: int) -> None:
+def test_a_head_dim_without_a_tier_is_refused_with_what_to_do(head_dim: int, retention) -> None:
     with pytest.raises(UnsupportedError, match=r"supported are 16, .*Use a dense cache"):
-        choose_tier(skv.Config(), head_dim, 100, "float32")
+        choose_layout(skv.Config(retention=retention), head_dim, 100, "float32")
 
 
 def test_a_cache_refuses_head_dim_and_bits_when_it_is_made() -> None:
@@ -157,12 +160,13 @@ def test_a_cache_refuses_head_dim_and_bits_when_it_is_made() -> None:
     with pytest.raises(UnsupportedError, match="head_dim=24"):
         skv.SphericalCache(odd.config, 64)
     with pytest.raises(ConfigError, match="coarsest"):
-        skv.SphericalCache(tiny("llama").config, 64, bits=0.5)
+        skv.SphericalCache(tiny("llama").config, 64, bits=0.5, retention="none")
 
 
-def test_a_dtype_without_arithmetic_is_refused() -> None:
+@pytest.mark.parametrize("retention", ["none", "rdr"])
+def test_a_dtype_without_arithmetic_is_refused(retention: str) -> None:
     with pytest.raises(UnsupportedError, match="int8 is not supported"):
-        choose_tier(skv.Config(), 64, 100, "int8")
+        choose_layout(skv.Config(retention=retention), 64, 100, "int8")
 
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, "64", True, None])
@@ -174,31 +178,33 @@ def test_a_cache_length_is_a_positive_integer(length: object) -> None:
 # ---------------------------------------------------------------- budget
 
 
+def bytes_taken(state: LayerState) -> int:
+    """Window and pages, with what describes the pages."""
+    parts = ("exact_keys", "exact_values", "queries", "pool", "info", "table")
+    return sum(getattr(state.tensors, name).nbytes for name in parts)
+
+
 @pytest.mark.parametrize("slack", [0, 1, 5000, 10**9])
 def test_a_budget_is_never_exceeded_and_takes_the_finest_tier(slack: int) -> None:
     """The rotation, which all caches share, is not counted."""
     sizes = []
     for bits in (3.0, 4.0, 64.0):  # the three tiers at head_dim 16
-        state = layer_state("grid", tokens=4096, bits=bits)
-        tensors = state.tensors
-        sizes.append(sum(x.nbytes for x in tensors[:3]))
+        sizes.append(bytes_taken(layer_state("grid", tokens=4096, bits=bits)))
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 3
     for n, size in enumerate(sizes):
-        config = skv.Config(codec="grid", bits=64.0, sinks=4, recent=12, page_tokens=8)
+        config = skv.Config(codec="grid", bits=64.0, **SMALL)
         got = LayerState(config, 2, 2, 16, 4096, torch.float32, torch.device("cpu"), size + slack)
-        taken = sum(x.nbytes for x in got.tensors[:3])
+        taken = bytes_taken(got)
         assert taken <= size + slack
         assert taken == max(s for s in sizes if s <= size + slack)
         assert taken >= size or n == 0
 
 
 def test_a_budget_below_the_coarsest_tier_says_what_the_window_takes() -> None:
-    config = skv.Config(sinks=4, recent=12, page_tokens=8)
+    config = skv.Config(**SMALL)
     window = 2 * 2 * 2 * 24 * 16 * 4  # sides, rows, heads, slots, dim, bytes
-    with pytest.raises(
-        ConfigError, match=rf"window alone take {window}.*Raise the budget, or lower"
-    ):
+    with pytest.raises(ConfigError, match=rf"window alone take {window}.*Raise the budget, lower"):
         LayerState(config, 2, 2, 16, 4096, torch.float32, torch.device("cpu"), 1000)
 
 

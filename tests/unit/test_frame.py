@@ -12,13 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from skv_compile.codec.tiers import tiers
+from skv_compile.codec.tiers import layouts, shared_layout
 from skv_compile.config import HEAD_DIMS, Config
 from skv_compile.lowering import codes
 from skv_compile.lowering.grid import grid_frame
-from skv_compile.lowering.layout import Layout
-from skv_compile.lowering.reference import calibrate, decode_pages, encode_pages
+from skv_compile.lowering.layout import Digits, Layout
+from skv_compile.lowering.reference import calibrate
 from skv_compile.lowering.reference.calibrate import fit_frames
+from skv_compile.lowering.reference.pages import (
+    decode_records,
+    encode_records,
+    page_bytes,
+    page_records,
+)
 from skv_compile.lowering.state import State
 from skv_compile.lowering.turn import half_split_plan, turn
 
@@ -50,26 +56,37 @@ def prompt(
 
 
 def layout(dim: int = 64, digits: int | None = None, block: int = 64, page: int = 8) -> Layout:
-    return Layout("digits", dim, 4096, page, 4, 32, digits or dim, digits or dim, block, 256)
+    tiers = (Digits(digits or dim, digits or dim),)
+    return Layout("digits", dim, 4096, page, 4, 32, page, tiers, block=block, calibrate=256)
 
 
 def fit(data: tuple[Tensor, Tensor, Tensor], form: Layout) -> tuple[codes.Frame, codes.Frame]:
     plan = rope(form.head_dim) if form.block else EMPTY
-    return fit_frames(*data, None, torch.arange(data[0].shape[2]), plan, form)
+    bases = fit_frames(*data, None, torch.arange(data[0].shape[2]), plan, form)[:2]
+    return tuple(x.frame(0, 0, n) for x, n in zip(bases, form.tiers[0], strict=True))
 
 
 def state(frames: tuple[codes.Frame, codes.Frame], form: Layout) -> State:
     plan = rope(form.head_dim) if form.block else EMPTY
-    return State(EMPTY, EMPTY, EMPTY, EMPTY, plan, *frames[0], *frames[1])
+    keys, values = (codes.Basis.of([frame]) for frame in frames)
+    return State(*[EMPTY] * 7, plan, *keys, *values, EMPTY)
+
+
+def pages_of(k: Tensor, v: Tensor, i: Tensor, frames, form: Layout) -> Tensor:
+    """Whole pages [B, H, n, page_bytes] of keys and values of the coded tokens i."""
+    records = encode_records(k, v, i[None, None], state(frames, form), form, 0)
+    paged = {name: x.unflatten(2, (-1, form.page_tokens)) for name, x in records.items()}
+    return page_bytes(paged, form, 0)
 
 
 def through_pages(data, frames, form: Layout) -> tuple[Tensor, Tensor]:
     """Keys and values after the sinks as their pages give them back."""
     k, v = (x[:, :, form.sinks :] for x in data[1:])
-    numbers = torch.arange(k.shape[2] // form.page_tokens)[None]
-    k, v = (x[:, :, : numbers.numel() * form.page_tokens] for x in (k, v))
-    pages = encode_pages(k, v, numbers, state(frames, form), form)
-    return decode_pages(pages, numbers, state(frames, form), form)
+    i = torch.arange(k.shape[2] // form.page_tokens * form.page_tokens)
+    pages = pages_of(k[:, :, : len(i)], v[:, :, : len(i)], i, frames, form)
+    assert pages.shape[3] == form.page_bytes
+    records = {name: x.flatten(2, 3) for name, x in page_records(pages, form, 0).items()}
+    return decode_records(records, i[None, None], state(frames, form), form, 0)
 
 
 # ---------------------------------------------------------------- the plan of the digits
@@ -226,13 +243,12 @@ def test_a_page_of_one_token_and_a_page_of_the_same_token_hold_the_same_codes() 
     one, many = layout(page=1), layout(page=8)
     frames = fit(data, many)
     k, v = (x[:, :, 7:8] for x in data[1:])
-    number = torch.zeros(1, 1, dtype=torch.int64)
-    single = encode_pages(k, v, number, state(frames, one), one)
+    single = pages_of(k, v, torch.arange(1), frames, one)
     k, v = (x.expand(-1, -1, 8, -1).contiguous() for x in (k, v))
-    page = encode_pages(k, v, number, state(frames, many), many)
-    for name, field in many.fields.items():
+    page = pages_of(k, v, torch.arange(8), frames, many)
+    for name, field in many.fields[0].items():
         tokens = page[..., field.slice].unflatten(-1, (8, -1))
-        assert torch.equal(tokens, single[..., None, one.fields[name].slice].expand_as(tokens))
+        assert torch.equal(tokens, single[..., None, one.fields[0][name].slice].expand_as(tokens))
 
 
 # ---------------------------------------------------------------- when frames are left alone
@@ -241,7 +257,8 @@ def test_a_page_of_one_token_and_a_page_of_the_same_token_hold_the_same_codes() 
 def test_only_the_beginning_of_a_long_enough_sound_sequence_changes_frames() -> None:
     q, k, v = prompt(300)
     form = layout()
-    fresh = [x for _ in range(2) for x in codes.stored(grid_frame(2, 64, 64, CPU))]
+    plain = codes.stored(codes.Basis.of([grid_frame(2, 64, 64, CPU)]))
+    fresh = [*plain, *plain, torch.zeros(2, 4, 1)]
 
     def changed(q=q, k=k, v=v, start=0, form=form) -> bool:
         frames = [x.clone() for x in fresh]
@@ -290,10 +307,22 @@ def test_frames_are_the_same_twice_and_in_another_process() -> None:
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("codec", ["grid", "frame", "rings"])
 def test_every_tier_stores_what_its_rate_says(codec: str, dim: int) -> None:
-    found = tiers(Config(codec=codec), dim, 4096, "float32", turned=True)
-    for tier in found:
-        form = tier.layout
-        assert tier.rate == form.bits_per_coordinate
-        assert tier.rate == form.key_digits / dim + form.value_digits / dim + 8 / dim
-        assert form.key_digits % 8 == form.value_digits % 8 == 0, tier.name
-    assert [t.rate for t in found] == sorted({t.rate for t in found})
+    settings = Config(codec=codec, retention="none"), dim, 4096, "float32"
+    found = layouts(*settings, turned=True)
+    for form in found:
+        (digits,) = form.tiers
+        assert form.rate(0) == digits.key / dim + digits.value / dim + 8 / dim
+        assert digits.key % 8 == digits.value % 8 == 0
+    rates = [form.rate(0) for form in found]
+    assert rates == sorted(set(rates))
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("codec", ["grid", "frame", "rings"])
+def test_tiers_that_share_pages_store_whole_words_and_differ(codec: str, dim: int) -> None:
+    form = shared_layout(Config(codec=codec), dim, 4096, "float32", turned=True)
+    for digits, record in zip(form.tiers, form.record_bytes, strict=True):
+        assert digits.key % 8 == digits.value % 8 == 0
+        assert record == (digits.key + digits.value) / 4 + 4
+    rates = [form.rate(tier) for tier in range(len(form.tiers))]
+    assert rates == sorted(set(rates))

@@ -13,60 +13,90 @@ from skv_compile.config import HEAD_DIMS
 from skv_compile.lowering import codes
 from skv_compile.lowering.grid import grid_frame
 from skv_compile.lowering.hadamard import rotation
-from skv_compile.lowering.layout import EXACT_DTYPES, Layout
+from skv_compile.lowering.layout import EXACT_DTYPES, Digits, Layout
 
 CPU = torch.device("cpu")
 
-digit_counts = st.integers(1, 48).map(lambda n: 8 * n)
 page_tokens = st.integers(1, 32).map(lambda n: 8 * n)
 small = st.integers(0, 300)
 
 
 @st.composite
-def layouts(draw) -> Layout:
+def some_tiers(draw) -> tuple[Digits, ...]:
+    """One to five tiers, coarse to fine, whose digits are at most eight times the least."""
+    least = draw(st.integers(1, 6))
+    counts = st.integers(least, 8 * least).map(lambda n: 8 * n)
+    found = draw(st.lists(st.builds(Digits, counts, counts), min_size=1, max_size=5))
+    return tuple(sorted(found, key=sum))
+
+
+@st.composite
+def layouts(draw, tracked: bool | None = None) -> Layout:
+    size = draw(page_tokens)
     common = (
         draw(st.sampled_from(HEAD_DIMS)),
         draw(st.integers(1, 100_000)),
-        draw(page_tokens),
+        size,
         draw(small),
         draw(small),
     )
+    kind = draw(st.sampled_from(["exact", "digits"]))
+    tiers = draw(some_tiers()) if kind == "digits" else (Digits(0, 0),)
+    unit = draw(st.integers(0, len(tiers) - 1))
+    if tracked is None:
+        tracked = draw(st.booleans())
+    more = {"block": draw(small), "calibrate": draw(small), "observed": draw(small)}
+    if not tracked:
+        tiers, unit, stride = tiers[:1], 0, size
+    else:
+        stride = draw(st.integers(1, 300))
     dtype = draw(st.sampled_from(sorted(EXACT_DTYPES)))
-    if draw(st.booleans()):
-        return Layout("exact", *common, dtype=dtype)
-    return Layout("digits", *common, draw(digit_counts), draw(digit_counts), dtype=dtype)
+    return Layout(kind, *common, stride, tiers, unit, tracked, **more, dtype=dtype)
 
 
 @given(layouts())
 def test_fields_follow_one_another_and_cover_the_page(layout: Layout) -> None:
-    fields = sorted(layout.fields.values(), key=lambda field: field.offset)
-    end = 0
-    for field in fields:
-        assert field.offset == end
-        assert field.size > 0
-        end += field.size
-    assert end == layout.page_bytes
+    for tier, fields in enumerate(layout.fields):
+        end = 0
+        for field in sorted(fields.values(), key=lambda field: field.offset):
+            assert field.offset == end
+            assert field.size > 0
+            end += field.size
+        # Pages of all tiers have the same bytes; what is left over has no room for a token.
+        assert 0 <= layout.page_bytes - end < layout.record_bytes[tier]
+        assert end == layout.page_bytes or tier != layout.unit
+    assert layout.capacity[layout.unit] == layout.page_tokens
 
 
 @given(layouts())
 def test_every_field_has_whole_bytes_a_token_and_room_for_its_content(layout: Layout) -> None:
-    per_token = {name: field.size / layout.page_tokens for name, field in layout.fields.items()}
-    if layout.kind == "exact":
-        item = torch.empty((), dtype=EXACT_DTYPES[layout.dtype]).element_size()
-        assert per_token == {"keys": layout.head_dim * item, "values": layout.head_dim * item}
-    else:
-        assert per_token == {
-            "key_digits": layout.key_digits * 2 / 8,
-            "value_digits": layout.value_digits * 2 / 8,
-            "key_radius": 1,
-            "value_radius": 1,
-        }
+    for digits, tokens, fields, record in zip(
+        layout.tiers, layout.capacity, layout.fields, layout.record_bytes, strict=True
+    ):
+        per_token = {name: field.size / tokens for name, field in fields.items()}
+        if layout.kind == "exact":
+            item = torch.empty((), dtype=EXACT_DTYPES[layout.dtype]).element_size()
+            want = {"keys": layout.head_dim * item, "values": layout.head_dim * item}
+        else:
+            want = {
+                "key_digits": digits.key * 2 / 8,
+                "value_digits": digits.value * 2 / 8,
+                "key_radius": 1,
+                "value_radius": 1,
+            }
+        if layout.tracked:
+            want |= {"gap": 1, "score": 1}
+        assert per_token == want
+        assert record == sum(want.values())
 
 
 @given(layouts())
 def test_the_rate_counts_every_byte_of_a_page(layout: Layout) -> None:
-    coordinates = 2 * layout.page_tokens * layout.head_dim
-    assert layout.bits_per_coordinate == pytest.approx(8 * layout.page_bytes / coordinates)
+    # Two int32 that describe a page of chosen tokens, and one in the list of free pages.
+    size = layout.page_bytes + (12 if layout.tracked else 0)
+    for tier, tokens in enumerate(layout.capacity):
+        coordinates = 2 * tokens * layout.head_dim
+        assert layout.rate(tier) == pytest.approx(8 * size / coordinates)
 
 
 @given(layouts())
@@ -79,12 +109,30 @@ def test_different_layouts_have_different_keys(one: Layout, other: Layout) -> No
     assert (one == other) == (one.key == other.key)
 
 
-@given(layouts())
+@given(layouts(tracked=False))
 def test_pages_and_exact_slots_hold_all_tokens(layout: Layout) -> None:
     """The ring never holds more than recent + a page when the pages take what is due."""
     beyond = layout.max_tokens - layout.sinks - layout.max_pages * layout.page_tokens
     assert beyond <= layout.recent + layout.page_tokens
     assert layout.exact_slots == layout.sinks + layout.recent + layout.page_tokens
+
+
+@given(layouts(tracked=True), st.data())
+def test_pages_of_chosen_tokens_hold_all_tokens_in_whatever_tiers(layout: Layout, data) -> None:
+    left, pages = max(0, layout.max_tokens - layout.sinks - layout.recent), 0
+    for tokens in layout.capacity[:-1]:
+        part = data.draw(st.integers(0, left))
+        left, pages = left - part, pages + math.ceil(part / tokens)
+    assert pages + math.ceil(left / layout.capacity[-1]) <= layout.max_pages
+    assert layout.exact_slots == layout.sinks + layout.recent + layout.stride
+
+
+@given(layouts())
+def test_the_digits_of_all_tiers_follow_one_another(layout: Layout) -> None:
+    end = Digits(0, 0)
+    for tier, digits in enumerate(layout.tiers):
+        assert layout.digits_before(tier) == end
+        end = Digits(end.key + digits.key, end.value + digits.value)
 
 
 # ---------------------------------------------------------------- digits
@@ -256,6 +304,5 @@ def test_the_coarse_code_is_the_first_digits_of_a_fine_one() -> None:
     fine = grid_frame(1, 64, 128, CPU)
     x = torch.randn(1, 1, 500, 64)
     d, r = codes.encode(x, fine, unbiased=False)
-    out = torch.cat([fine.out[:, :64], fine.out[:, -1:]], 1)
-    prefix = codes.decode(d[..., :64], r, fine._replace(out=out))
+    prefix = codes.decode(d[..., :64], r, fine._replace(plan=fine.plan[..., :64]))
     assert torch.nn.functional.cosine_similarity(prefix, x, dim=-1).min() > 0.8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import layer_state
+from support import layer_state, store
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skv_compile.errors import SkvError
@@ -23,7 +23,7 @@ def call(codec: str, tokens: int, start: int = 0, mask: bool = True):
     state.tensors.pool.zero_()
     if start:
         x = torch.randn(BATCH, HEADS, start, DIM)
-        state.append(x, x, None, torch.arange(start))
+        store(state, x, x, None, torch.arange(start))
     q = torch.randn(BATCH, HEADS * GROUP, tokens, DIM)
     k, v = torch.randn(2, BATCH, HEADS, tokens, DIM).unbind()
     position = torch.arange(start, start + tokens)
@@ -33,7 +33,7 @@ def call(codec: str, tokens: int, start: int = 0, mask: bool = True):
     tensors = [x.clone() for x in state.tensors]
     return (
         (q, k, v, see, position, *tensors, False, 0.25, key),
-        (k, v, see, position, *tensors, key),
+        (k, v, see, position, *tensors[:4], key),
     )
 
 
@@ -56,10 +56,11 @@ def test_ops_without_a_mask_pass_opcheck(codec: str) -> None:
     torch.library.opcheck(ops.append, append)
 
 
+@pytest.mark.parametrize("start", [0, 20])
 @pytest.mark.parametrize("transposed", [False, True])
 @CODECS
-def test_the_fake_output_is_the_real_one_without_data(codec: str, transposed: bool) -> None:
-    arguments = list(call(codec, 3, 20)[0])
+def test_the_fake_output_is_the_real_one_without_data(codec, transposed: bool, start: int) -> None:
+    arguments = list(call(codec, 3, start)[0])
     if transposed:  # as models make queries: [B, T, H, D] seen as [B, H, T, D]
         arguments[0] = arguments[0].transpose(1, 2).contiguous().transpose(1, 2)
     real = ops.attend(*arguments)
@@ -86,15 +87,16 @@ def test_append_says_which_arguments_it_changes_and_attend_changes_none() -> Non
         arguments = op._schema.arguments
         return [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
-    assert mutated(ops.append) == ["exact_keys", "exact_values", "pool", "meta"]
+    assert mutated(ops.append) == ["exact_keys", "exact_values", "queries", "meta"]
     assert mutated(ops.attend) == []
 
 
 def test_the_schema_takes_the_state_in_its_own_order() -> None:
-    for op in (ops.append, ops.attend):
+    for op, count in ((ops.append, 4), (ops.attend, 17), (ops.retain_many, 17)):
         names = [a.name for a in op._schema.arguments]
         begin = names.index("exact_keys")
-        assert tuple(names[begin : begin + len(State._fields)]) == State._fields
+        assert tuple(names[begin : begin + count]) == State._fields[:count]
+    assert len(State._fields) == 17
 
 
 @CODECS

@@ -10,7 +10,7 @@ from support import layer_state
 
 from skv_compile.config import HEAD_DIMS
 from skv_compile.lowering import codes, rings
-from skv_compile.lowering.reference import decode_pages
+from skv_compile.lowering.reference.pages import decode_records, page_records
 
 CPU = torch.device("cpu")
 SIZES = [2, 3, 4]  # digits a cell: 16, 64 and 256 cells
@@ -42,8 +42,8 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def frame_without_rotation(dim: int) -> codes.Frame:
     into = torch.eye(dim)[None]
-    out = torch.cat([into, torch.zeros(1, 1, dim)], 1)
-    return codes.Frame(into, torch.ones(1, 3, dim), torch.zeros(1, 2, 0, dtype=torch.int32), out)
+    back = torch.cat([into, torch.zeros(1, 1, dim)], 1)
+    return codes.Frame(into, back, torch.ones(1, 3, dim), torch.zeros(1, 2, 0, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("digits", SIZES)
@@ -200,5 +200,8 @@ def test_pages_of_garbage_decode(bits: float) -> None:
     """Memory that was never written is decoded with the rest and must not raise."""
     state = layer_state("rings", bits=bits, head_dim=80)
     pages = torch.randint(0, 256, (1, 2, 3, state.layout.page_bytes)).to(torch.uint8)
-    for x in decode_pages(pages, torch.arange(3)[None], state.tensors, state.layout):
+    records = page_records(pages, state.layout, 0)
+    records = {name: x.flatten(2, 3) for name, x in records.items()}
+    i = torch.arange(3 * state.layout.page_tokens)[None, None]
+    for x in decode_records(records, i, state.tensors, state.layout, 0):
         assert torch.isfinite(x).all()

@@ -20,10 +20,11 @@ from skv_compile import cli
 from skv_compile.backend import SkvBackend
 from skv_compile.cache.state import LayerState
 from skv_compile.codec.saved import SavedFrames, check_model, load_frames, sample_weights
-from skv_compile.codec.tiers import tiers
+from skv_compile.codec.tiers import layouts
 from skv_compile.commands.calibrate import Calibration, cut
 from skv_compile.errors import ConfigError, SkvError
 from skv_compile.lowering.codes import decode, encode
+from skv_compile.lowering.state import FIRST_FRAME
 from skv_compile.lowering.turn import turn
 
 CONFIG = skv.Config(bits=64.0, **SMALL)
@@ -92,10 +93,10 @@ def test_a_cache_uses_the_saved_frames_and_no_prompt_changes_them(model: Any, fi
             assert state.layout.calibrate == 0
             assert state.layout.block == 128
             expected = saved.layer(index, 2, state.layout)
-            for found, part in zip(state.tensors[5:], expected, strict=True):
+            for found, part in zip(state.tensors[FIRST_FRAME:], expected, strict=True):
                 assert found.dtype == part.dtype
                 assert torch.equal(found, part)
-        used.append(cache.states[0].tensors[5:])
+        used.append(cache.states[0].tensors[FIRST_FRAME:])
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(*used, strict=True))
 
 
@@ -104,19 +105,24 @@ def test_state_tensors_have_the_dtypes_of_fitted_frames(model: Any, file: str) -
     own = layer_state("frame")
     cache = cache_for(model, file)
     cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
-    for a, b in zip(own.tensors[5:], cache.states[0].tensors[5:], strict=True):
+    for a, b in zip(own.tensors[FIRST_FRAME:], cache.states[0].tensors[FIRST_FRAME:], strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 @torch.no_grad()
-def test_one_sequence_gives_the_frames_of_an_automatic_calibration(model: Any) -> None:
-    ids = sequences(300)
-    cache = skv.SphericalCache(model.config, 300, CONFIG)
+@pytest.mark.parametrize("retention", ["none", "rdr"])
+def test_one_sequence_gives_the_frames_of_an_automatic_calibration(
+    model: Any, retention: str
+) -> None:
+    """Of a uniform cache, or of all tiers. Those share a head's transform, which is chosen for
+    the tier of as many digits as coordinates: the one that a uniform cache has here."""
+    ids, config = sequences(300), CONFIG.replace(retention=retention, bits=2.5)
+    cache = skv.SphericalCache(model.config, 300, config)
     model(torch.tensor(ids), past_key_values=cache)
-    saved = fitted(model, ids, CONFIG)
+    saved = fitted(model, ids, config)
     for index, state in enumerate(cache.states):
         parts = saved.layer(index, 2, state.layout)
-        for found, part in zip(state.tensors[5:], parts, strict=True):
+        for found, part in zip(state.tensors[FIRST_FRAME:], parts, strict=True):
             torch.testing.assert_close(found, part, rtol=1e-2, atol=1e-2)
 
 
@@ -151,8 +157,9 @@ def coded_error(state: LayerState, keys: Tensor) -> float:
     """Mean squared error of keys [1, H, T, D], all of one block, coded in a state's frame."""
     if state.layout.block:
         keys = turn(keys, torch.full(keys.shape[2:3], -state.layout.sinks), state.tensors.turn)
-    digits, radius = encode(keys, state.tensors.key_frame, unbiased=True)
-    return (decode(digits, radius, state.tensors.key_frame) - keys).square().mean().item()
+    frame, _ = state.tensors.frames(state.layout, 0)
+    digits, radius = encode(keys, frame, unbiased=True)
+    return (decode(digits, radius, frame) - keys).square().mean().item()
 
 
 @torch.no_grad()
@@ -237,10 +244,11 @@ def test_a_fingerprint_survives_torch_compile(model: Any) -> None:
 
 def test_a_tier_that_the_file_lacks_is_refused_with_what_it_has(model: Any, tmp_path: Path) -> None:
     file = str(tmp_path / "f.safetensors")
-    two, four = (tier.rate for tier in tiers(CONFIG, 16, 0, "float32")[1:3])
+    # The tiers that policies choose among are in every file.
+    two, four = (layout.rate(0) for layout in layouts(CONFIG, 16, 0, "float32")[1::2])
     fitted(model, sequences(256), CONFIG.replace(bits=two), every=False).save(file)
     assert cache_for(model, file, bits=two)
-    with pytest.raises(ConfigError, match=f"frames for bits={two:g}, and the tier .* has {four:g}"):
+    with pytest.raises(ConfigError, match=f"frames for bits={two:g}, and tiers of {four:g} bits"):
         cache_for(model, file, bits=four)
 
 
@@ -289,7 +297,8 @@ def test_a_flipped_bit_is_refused(file: str, where: float) -> None:
     refuses(file, "damaged")
 
 
-INTO, PLAN, GRID = (f"layers.0.key.32.{part}" for part in ("into", "plan", "grid"))
+INTO, BACK = (f"layers.0.key.{part}" for part in ("into", "back"))
+PLAN, GRID, LOSS = (f"layers.0.key.32.{part}" for part in ("plan", "grid", "loss"))
 
 
 def _set(name: str, at: tuple[int, ...], value: float) -> Callable[[dict, dict], None]:
@@ -307,15 +316,20 @@ def _set(name: str, at: tuple[int, ...], value: float) -> Callable[[dict, dict],
         (lambda about, x: x.update(more=torch.zeros(1)), "more is not expected"),
         (lambda about, x: x.update({INTO: x[INTO][:, :8].clone()}), "[2, 8, 16]"),
         (lambda about, x: x.update({INTO: x[INTO].float()}), "torch.float32, not"),
+        (lambda about, x: x.pop(BACK), f"{BACK} is missing"),
+        (lambda about, x: x.update({BACK: x[BACK][:, 1:].clone()}), "[2, 16, 16]"),
+        (lambda about, x: x.pop(LOSS), f"{LOSS} is missing"),
         (lambda about, x: x.update({PLAN: x[PLAN].long()}), "torch.int64, not"),
         (_set(INTO, (0, 1, 2), float("nan")), "not finite"),
         (_set(GRID, (0, 0, 2), float("inf")), "not finite"),
+        (_set(LOSS, (1,), float("inf")), "not finite"),
         (_set(GRID, (0, 0, 2), -1.0), "not positive"),
         (_set(PLAN, (0, 0, 1), 16), "a dimension that is not there"),
-        (_set(PLAN, (0, 0, 1), -1), "a dimension that is not there"),
+        (_set(PLAN, (0, 0, 1), 255), "a dimension that is not there"),
         (_set(PLAN, (1, 1, 1), 3), "shift other than"),
         (_set(PLAN, (1, 1, 1), 8), "shift other than"),
-        (lambda about, x: about.update(version=2), "version 2, and this program reads 1"),
+        (lambda about, x: about.update(version=1), "version 1, and this program reads 2"),
+        (lambda about, x: about.update(version=3), "version 3, and this program reads 2"),
         (lambda about, x: about.pop("layers"), "metadata"),
         (lambda about, x: about.update(layers=3), "metadata"),
         (lambda about, x: about["layers"].update({"0": {"shape": "x"}}), "metadata"),
@@ -334,7 +348,7 @@ def test_each_kind_of_damage_is_named(
     refuses(file, word)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"version": 1}', "{", "null"])
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"version": 2}', "{", "null"])
 def test_strange_metadata_is_refused(file: str, text: str) -> None:
     save_file(load_file(file), file, {"skv_frames": text})
     refuses(file, "metadata")

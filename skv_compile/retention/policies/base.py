@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..heads import Heads
 
 
+ARRIVING = "arriving"  # in the memo: a long forward is passing
+
+
 @dataclass
 class Seen:
     """What sampled queries of one layer see of some of its tokens.
@@ -39,7 +42,8 @@ class Policy:
     """Which tokens are kept, and how well. Subclasses are frozen, with every number a field.
 
     ``name``: in ``Config(retention=...)``. ``paper``: where it comes from. ``queries``: which of
-    a prompt's queries are looked at, ``"last"`` 64, 256 ``"spread"`` over it, or ``""``: none.
+    a forward's queries are looked at: the ``"last"`` 512, 256 ``"spread"`` over it, or ``""``:
+    none.
     ``scope``: the tokens that share one budget: ``"all"``, or those of one ``"layer"`` or
     ``"group"`` (layer, row and head), of which each has its share.
     """
@@ -64,7 +68,8 @@ class Policy:
     def steps(self, tokens: Tokens, heads: Heads, memo: dict[Any, Any]) -> Tensor:
         """Steps [J, tiers] of tokens (``allocate``): not growing with the tier.
 
-        ``memo`` lives as long as a forward; layers of a prompt come one after another.
+        ``memo`` lives as long as a forward; layers of a prompt come one after another, and
+        ``memo[ARRIVING]`` is true then.
         """
         raise NotImplementedError
 
@@ -85,7 +90,8 @@ def one_tier(order: Tensor, heads: Heads) -> Tensor:
 
 def ordered(score: Tensor, tokens: Tokens) -> Tensor:
     """[J] distinct numbers in the order of the scores; of equals the later token is more."""
-    order = tokens.i.argsort(stable=True)
+    order = tokens.group.argsort(stable=True)
+    order = order[tokens.i[order].argsort(stable=True)]
     order = order[score[order].argsort(stable=True)]
     rank = torch.empty(len(order), device=score.device)
     rank[order] = torch.arange(len(order), device=score.device, dtype=rank.dtype)

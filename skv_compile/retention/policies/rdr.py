@@ -11,7 +11,7 @@ from torch import Tensor
 from ..allocate import steps_of
 from ..heads import Heads
 from ..tokens import Tokens
-from .base import Policy, Seen, pool_tokens
+from .base import ARRIVING, Policy, Seen, pool_tokens
 
 LARGEST_EXPONENT = 20.0
 
@@ -38,7 +38,7 @@ class RDR(Policy):
     """Weight of the error of a dropped token, whose share of attention goes to the others."""
     pool: int = 1
     """Neighbours over which a prompt's scores are averaged."""
-    prompt_floor: float = 0.005
+    prompt_floor: float = 0.01
     """Of the mean score of a prompt's tokens, added to each."""
     surprise: float = 0.01
     """Of the head's unexpected attention, added to every token's score (``Heads.surprise``)."""
@@ -58,6 +58,10 @@ class RDR(Policy):
         score = tokens.score + self.surprise * heads.surprise[tokens.group]
         score = score / heads.norm[tokens.group].clamp(min=1e-30)
         value, key = tokens.value_radius.square(), tokens.key_radius.square()
+        # A code's radius is fitted to its tier; what counts is the vector's own.
+        tier = (tokens.level - 1).clamp(min=0)
+        value = torch.where(tokens.fresh, value, value / heads.value_size[head, tier])
+        key = torch.where(tokens.fresh, key, key / heads.key_size[head, tier])
         away = value * heads.value_energy[head] + heads.spread[tokens.group]
         logit = heads.scale**2 * heads.query_energy[tokens.group] * key
         logit = (logit[:, None] * heads.key_loss[head]).clamp(max=LARGEST_EXPONENT)
@@ -71,5 +75,6 @@ class RDR(Policy):
         level = torch.arange(cost.shape[1], device=cost.device)
         above = (level > tokens.level[:, None]) & ~tokens.fresh[:, None]
         below = (level < tokens.level[:, None]) & ~tokens.fresh[:, None]
-        size += below * (self.switch * 2 * heads.layout.head_dim / 8)
+        if not memo.get(ARRIVING):  # layers that have just come go where they belong
+            size += below * (self.switch * 2 * heads.layout.head_dim / 8)
         return steps_of(cost.masked_fill(above, torch.inf), size)
