@@ -63,6 +63,8 @@ def retention() -> str:
 def long() -> str:
     """Mean KL of a long generation, by quarter."""
     result = json.loads((HERE / "results" / "retention.json").read_text(encoding="utf-8"))
+    if "long" not in result:
+        return "(not measured yet)"
     rows = ["| long generation | bits | KL | by quarter | re-coded at a refresh |"]
     rows.append("|---|---|---|---|---|")
     for line in result["long"]["lines"]:

@@ -194,11 +194,15 @@ def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     return f"{hint} Known: {', '.join(known)}."
 
 
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-}
+_UNITS = (
+    {"": 1, "B": 1}
+    | {
+        f"{prefix}{suffix}": base**power
+        for power, prefix in enumerate("KMGT", start=1)
+        for suffix, base in (("B", 1000), ("iB", 1024))
+    }
+    | {"kB": 1000}
+)
 
 
 def parse_bytes(value: int | str) -> int:

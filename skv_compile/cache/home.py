@@ -66,7 +66,10 @@ def frame_bytes(layout: Layout, heads: int, layers: int, saved: bool) -> int:
         return 0
     own = layout.calibrate > 0 or saved
     dim, tiers = layout.head_dim, len(layout.tiers)
-    transforms = 2 * (dim * dim + (dim + 1) * dim) * (2 if own else 4)
+    first = layout.tiers[0]
+    alike = layout.kind == "rings" or first.key == first.value  # keys and values share a rotation
+    sides = 1 if alike and not own else 2
+    transforms = sides * (dim * dim + (dim + 1) * dim) * (2 if own else 4)
     grids = 2 * tiers * 3 * dim * 4 + 4 * tiers * 4
     digits = sum(tier.key + tier.value for tier in layout.tiers)
     plans = 0 if layout.kind == "rings" else 2 * digits
@@ -93,11 +96,12 @@ def _finest_within(
         if layout.rate(0) <= best.rate(0) and sizes[-1] <= budget:
             chosen = layout
     if chosen is None:
-        window = layers * exact_bytes(best, batch, heads, group)
+        vectors = 2 * layers * batch * heads * best.exact_slots
+        window = vectors * best.head_dim * EXACT_DTYPES[best.dtype].itemsize
         raise ConfigError(
-            f"budget of {budget} bytes for {layers} layers is too small: sinks and recent window "
-            f"alone take {window}, the coarsest tier {min(sizes)} for {best.max_tokens} tokens. "
-            "Raise the budget, lower max_cache_len, sinks or recent, or let a retention policy "
+            f"budget of {budget} bytes is too small: sinks and recent window alone take {window}, "
+            f"the coarsest tier {min(sizes)} for {best.max_tokens} tokens. Raise the "
+            "budget, lower max_cache_len, sinks or recent, or let a retention policy "
             "drop tokens."
         )
     return chosen

@@ -39,6 +39,7 @@ def steps_of(cost: Tensor, size: Tensor) -> Tensor:
             for lo in range(n):
                 more = size[..., hi] - size[..., lo]
                 slope = (cost[..., lo] - cost[..., hi]) / more
+                slope = torch.where(slope < 0, NEVER, slope)
                 slope = torch.where(more > 0, slope, ALWAYS)
                 slope = torch.where(torch.isfinite(cost[..., hi]), slope, NEVER)
                 worst = slope if worst is None else torch.minimum(worst, slope)

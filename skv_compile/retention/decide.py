@@ -120,5 +120,7 @@ class Arriving:
         page = float(sizes[1]) * heads.layout.capacity[0]
         above = self._bytes.flip(0).cumsum(0).flip(0)
         first = int((above > allowed * share * page).sum())  # bins below it are too much
-        bits = torch.tensor(max(0, (first << BIN_SHIFT) - 1), dtype=torch.int32)
+        if first == 0:  # room for all
+            return levels_at(steps, steps.new_tensor(NEVER / 2))
+        bits = torch.tensor((first << BIN_SHIFT) - 1, dtype=torch.int32)
         return levels_at(steps, bits.view(torch.float32).to(steps.device))

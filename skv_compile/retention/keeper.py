@@ -276,10 +276,12 @@ class Keeper:
         pool.release(list(range(pool.layers)))
         whole = join(contents, self.layout)
         tokens = Tokens.cat(whole.tokens)
-        if pages_for(tokens, self.layout) > pool.free:
+        seen = sum(int(s.meta[:, CODED].index_select(0, rows).sum()) for s in source.states)
+        room = min(pool.free, self.rule.pages(seen * pool.heads, pool.pages))
+        if pages_for(tokens, self.layout) > room:
             policy = self.policy
             assert policy is not None
-            level = decide(policy, tokens, self.heads, {}, pool.free)
+            level = decide(policy, tokens, self.heads, {}, room)
             whole = relevel(
                 whole, level.split([len(x) for x in whole.tokens]), source.states, self.heads
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 import skv_compile as skv
 from skv_compile.cache.state import LayerState
 from skv_compile.codec import tiers
+from skv_compile.errors import ConfigError
 from skv_compile.lowering.codes import decode_radius, unpack_digits
 from skv_compile.lowering.layout import EXACT_DTYPES, GAP_FILLER, PAGE_HEADER
 from skv_compile.lowering.reference.pages import decode_records, encode_records
@@ -326,10 +327,23 @@ def same(one: Run, other: Run) -> None:
         assert torch.equal(x.tensors.meta, y.tensors.meta)
 
 
-def budget_of(codec: str, policy: str, pages: int, batch: int = 2) -> int:
-    """Bytes for a pool of so many pages."""
-    run = Run(config_of(codec, policy), batch)
-    layout = run.layout
-    page, rule = layout.page_bytes + PAGE_HEADER, run.keeper.rule
-    beside = run.cache.resident_bytes - run.keeper.pool.bytes
-    return beside + rule.table_bytes + pages * page
+@cache
+def least_budget(codec: str, policy: str) -> int:
+    """The fewest bytes that are not refused: a page for every (layer, row, head)."""
+    low, high = 0, 1 << 22
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            Run(config_of(codec, policy, budget=middle))
+            high = middle
+        except ConfigError:
+            low = middle
+    return high
+
+
+def budget_of(codec: str, policy: str, pages: int) -> int:
+    """Bytes for a pool of two rows with so many pages."""
+    least = least_budget(codec, policy)
+    pool = Run(config_of(codec, policy, budget=least)).keeper.pool
+    assert pool.pages == LAYERS * 2 * HEADS
+    return least + (pages - pool.pages) * (pool.layout.page_bytes + PAGE_HEADER)

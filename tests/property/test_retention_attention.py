@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pools import HEADS, LAYERS, SLOTS, TRACKED, Run, budget_of, config_of, same, shorten
+from pools import HEADS, LAYERS, SLOTS, TRACKED, Run, config_of, least_budget, same, shorten
 from support import greedy, max_error, padded_batch, tiny
 
 import skv_compile as skv
@@ -151,9 +151,7 @@ def test_pages_of_other_sizes_hold_the_same(policy: str) -> None:
 def test_a_budget_below_the_least_is_refused_before_anything_is_there(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = LAYERS * 2 * HEADS
-    enough, page = budget_of("identity", policy, groups), budget_of("identity", policy, 1)
-    page = (enough - page) // (groups - 1)
+    enough = least_budget("identity", policy)
     run = Run(config_of("identity", policy, budget=enough))
     for n in (50, 30, 1, 1, 1):
         for out, want in run.forward(n, [0, 3] if n == 50 else None):
@@ -163,8 +161,7 @@ def test_a_budget_below_the_least_is_refused_before_anything_is_there(
     made: list[tuple] = []
     original = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **kw: made.append(a) or original(*a, **kw))
-    # What is beside the pages, and one page less than a page for every head.
-    for least in (enough - 2 * page, 1000, 1):
+    for least in (enough - 1, 1000, 1):
         cache = skv.SphericalCache(
             tiny("llama").config, SLOTS, config_of("identity", policy, budget=least)
         )

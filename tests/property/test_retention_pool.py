@@ -157,10 +157,11 @@ def test_whatever_is_done_pages_hold_what_they_should(codec, policy, sequence, b
     policy=st.sampled_from(TRACKED),
     pages=st.sampled_from([8, 9, 16, 40, 100]),
 )
-@settings(max_examples=8, phases=PHASES)
+@settings(max_examples=6, phases=PHASES)
 def test_a_budget_of_bytes_is_never_exceeded(codec, policy, sequence, pages) -> None:
     config = config_of(codec, policy, budget=budget_of(codec, policy, pages))
     machine = Machine(config, False)
+    assert machine.run.keeper.pool.pages <= pages
     for op in [("prompt", 40, 3), *sequence]:
         if op[0] == "rows" and len(op[1]) > machine.run.batch:
             continue

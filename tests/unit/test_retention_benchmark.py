@@ -45,7 +45,13 @@ def encode(text: str) -> list[int]:
 
 def arguments(**kw: Any) -> argparse.Namespace:
     given = {"codec": "frame", "sinks": 4, "recent": 64, "only": None, "bits": None}
-    given |= {"prefix": 300, "retention_table": None, "long_tokens": 256, "step": 64}
+    given |= {
+        "prefix": 300,
+        "retention_table": None,
+        "timing": True,
+        "long_tokens": 256,
+        "step": 64,
+    }
     return argparse.Namespace(**(given | kw))
 
 

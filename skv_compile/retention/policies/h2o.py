@@ -20,7 +20,7 @@ class H2O(Policy):
     A token's score is the sum of the attention it has had from all queries so far, and every head
     keeps those with the largest sums, as many as its equal part of the pages holds. Here 256
     queries spread over the prompt stand for all of its queries, and while decoding 16 of every 64;
-    each counts for as many as it stands for. Of a later forward of several tokens the last 64
+    each counts for as many as it stands for. Of a later forward of several tokens the last 512
     queries are looked at. Unlike in the paper, queries that have a token in their exact window
     add nothing to it, that window stands for the half of the budget that the paper gives to recent
     tokens, tokens go once every 64 steps instead of one a step, and kept ones are coded in the

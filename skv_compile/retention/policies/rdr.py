@@ -14,6 +14,7 @@ from ..tokens import Tokens
 from .base import ARRIVING, Policy, Seen, pool_tokens
 
 LARGEST_EXPONENT = 20.0
+LEAST_SCORE = 2.0**-48  # what nobody looked at still fills a pool that has room
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class RDR(Policy):
     def costs(self, tokens: Tokens, heads: Heads) -> Tensor:
         """Cost [J, tiers + 1] of every level."""
         head = heads.head(tokens.group)
-        score = tokens.score + self.surprise * heads.surprise[tokens.group]
+        score = tokens.score + self.surprise * heads.surprise[tokens.group] + LEAST_SCORE
         score = score / heads.norm[tokens.group].clamp(min=1e-30)
         value, key = tokens.value_radius.square(), tokens.key_radius.square()
         # A code's radius is fitted to its tier; what counts is the vector's own.

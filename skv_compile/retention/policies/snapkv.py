@@ -16,7 +16,7 @@ from .base import Policy, Seen, one_tier, ordered, pool_tokens
 class SnapKV(Policy):
     """SnapKV: LLM Knows What You are Looking for Before Generation (Yuhong Li et al., 2024).
 
-    The attention that the last 64 queries of the prompt give each token, averaged over 7
+    The attention that the last 512 queries of the prompt give each token, averaged over 7
     neighbours; every head keeps the tokens with most of it, as many as its equal part of the pages
     holds. Unlike the paper's, kept tokens are coded in the finest tier instead of staying in 16
     bits, query heads of a group choose together, only queries that have a token behind their

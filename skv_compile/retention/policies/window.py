@@ -21,7 +21,7 @@ class WindowKV(Policy):
     """WindowKV: Task-Adaptive Group-Wise KV Cache Window Selection for Efficient LLM Inference
     (Youhui Zuo et al., 2025).
 
-    Tokens are kept in windows of 8, scored by the attention of the last 64 queries, the mean over
+    Tokens are kept in windows of 8, scored by the attention of the last 512 queries, the mean over
     heads. All heads of a layer keep the same windows, and so do the layers of a group, whose first
     layer chooses; the budget of a group falls linearly with its depth. The paper has a classifier
     of tasks choose between the two ways to score a window; here ``scoring`` is set by hand. Its
