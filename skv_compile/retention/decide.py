@@ -61,16 +61,21 @@ def decide(
         )
 
     scope = scope_of[tokens.group]
+    # Of one layer's tokens only its own scopes' part counts.
+    mine = torch.zeros(scopes, dtype=torch.bool, device=steps.device)
+    mine[scope] = True
+    most = allowed if policy.scope == "all" else int(_whole(quota * allowed)[mine].sum())
     room = float(allowed)
     for _ in range(32):
         limit = _whole(quota * room)
         multiplier = solve(steps, scope, scopes, pages, limit)
         level = levels_at(steps, multiplier[scope])
         # Long gaps between tokens take slots too, which the count above leaves out.
-        excess = pages_for(tokens.at(level), layout) - allowed
+        excess = pages_for(tokens.at(level), layout) - most
         if excess <= 0:
             return level
-        room = min(room, float(pages(level).sum())) - excess
+        part_of = allowed / max(1, most)
+        room = max(0.0, min(room, int(pages(level).sum()) * part_of) - excess * part_of)
     raise CacheStateError(f"{len(tokens)} tokens found no place in {allowed} pages.")
 
 
