@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from ..state import LENGTH, PAD
+from ..state import PAD
 
 
 def retain(q: Tensor, position: Tensor, queries: Tensor, meta: Tensor, layout: Layout) -> None:
@@ -28,6 +28,3 @@ def retain(q: Tensor, position: Tensor, queries: Tensor, meta: Tensor, layout: L
     wanted = torch.arange(layout.observed, device=q.device) == slot[:, None]
     take = (wanted & due[:, None])[:, None, :, None]
     queries.copy_(torch.where(take, q, queries))
-
-
-__all__ = ["LENGTH", "retain"]

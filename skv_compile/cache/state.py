@@ -18,14 +18,12 @@ from ..lowering.state import (
     CODED,
     FIRST_FRAME,
     FLAGS,
-    LENGTH,
-    PAD,
     State,
     raise_flags,
     ring_tokens,
 )
 from ..retention.keeper import Keeper
-from .home import exact_bytes, frame_bytes, make_keeper
+from .home import make_keeper
 
 
 class Undo(NamedTuple):
@@ -318,4 +316,4 @@ class LayerState:
 #: Places in ``State`` of what all layers share, or have a part of.
 SHARED = {State._fields.index(name) for name in ("pool", "info", "table")}
 
-__all__ = ["CODED", "LENGTH", "PAD", "LayerState", "Undo", "exact_bytes", "frame_bytes"]
+__all__ = ["SHARED", "LayerState", "Undo"]
