@@ -19,8 +19,9 @@ from ..turn import block_start, turn
 from .masks import apply_mask, mask_at, visible
 from .pages import Records, decode_records, page_records, page_tokens, unit_codes
 
-PAGES_PER_CHUNK = 64  # bounds the dense working set of the reference
+TOKENS_PER_CHUNK = 2048  # bounds the dense working set of the reference
 ROWS_FROM_CODES = 16  # more queries than these read turned keys
+COLUMNS = 256  # blocks times queries up to which every code meets the queries of all blocks
 
 
 class _Softmax:
@@ -79,18 +80,15 @@ def code_logits(
     digits = unit_codes(records["key_digits"], layout, tier).to(rows.dtype)
     radius = codes.decode_radius(records["key_radius"]).to(rows.dtype)
     at = (blocks - first).clamp(0, last - first)[..., None]
-    if spread.shape[2] == 1:
-        logits = digits @ spread[:, :, 0].mT
-        page = page_term.expand(-1, -1, digits.shape[2], -1)
+    heads, count, width = digits.shape[1], spread.shape[2], spread.shape[3]
+    page = page_term.gather(2, at.expand(-1, heads, -1, width))
+    if count * width <= COLUMNS:  # against every block, and of that the token's own
+        every = digits @ spread.flatten(2, 3).mT
+        own = at.unsqueeze(-1).expand(-1, heads, -1, -1, width)
+        logits = every.unflatten(-1, (count, width)).gather(3, own).squeeze(3)
     else:
-        width = spread.shape[-1] * spread.shape[-2]
-        own = (
-            spread.flatten(3)
-            .gather(2, at.expand(-1, -1, -1, width))
-            .unflatten(-1, spread.shape[3:])
-        )
-        logits = (own @ digits.unsqueeze(-1)).squeeze(-1)
-        page = page_term.gather(2, at.expand(-1, -1, -1, page_term.shape[-1]))
+        own = spread.flatten(3).gather(2, at.expand(-1, heads, -1, spread[0, 0, 0].numel()))
+        logits = (own.unflatten(-1, spread.shape[3:]) @ digits.unsqueeze(-1)).squeeze(-1)
     return (logits * radius + page).mT
 
 
@@ -115,8 +113,9 @@ def pages_by_tier(
             most = int(own.sum(-1).max())
         order = (~own).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
         sorted_ids, there = ids.gather(-1, order), own.gather(-1, order)
-        for first in range(0, most, PAGES_PER_CHUNK):
-            part = slice(first, first + PAGES_PER_CHUNK)
+        pages = max(1, TOKENS_PER_CHUNK // layout.capacity[tier])
+        for first in range(0, most, pages):
+            part = slice(first, first + pages)
             yield tier, sorted_ids[..., part], there[..., part]
 
 
