@@ -10,7 +10,6 @@ exact cache by what their decoder would read.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shlex
 import sys
 import time
@@ -19,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import baselines
-import documents
+import setting
 import torch
 import verdict
 from lines import Line, baseline_lines, product_lines
 
-from skv_compile import evaluate, models
+from skv_compile import evaluate
 from skv_compile.codec.tiers import LARGE_PAGE_TOKENS
 from skv_compile.commands import common
 from skv_compile.commands.screen import Screen
 
+PROTOCOL = ("prefix", "tokens", "sinks", "recent", "frame")
 RESULTS = Path(__file__).parent / "results" / "fidelity.json"
 
 
@@ -109,18 +109,7 @@ def main(argv: list[str]) -> int:
     """Measure, write the JSON, print the tables; 1 when a line failed."""
     args = parse(argv)
     screen = Screen()
-    Path(args.json).absolute().parent.mkdir(parents=True, exist_ok=True)
-    common.check_writable(args.json)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("highest")
-    with screen.step("Documents") as update:
-        folder = Path(args.documents) if args.documents else documents.fetch(report=update)
-    texts = evaluate.read_texts([str(folder)])
-    texts = dict([(n, t) for n, t in texts.items() if not n.startswith("calib")][: args.limit])
-    with screen.step("Model") as update:
-        dtype = getattr(torch, args.dtype)
-        loaded = models.load(args.model, device=args.device, dtype=dtype, report=update)
+    texts, loaded = setting.prepare(args, screen)
     model = loaded.model
 
     def encode(part: str) -> list[int]:
@@ -134,15 +123,7 @@ def main(argv: list[str]) -> int:
     with screen.step(f"{len(lines)} lines on {len(ready)} documents") as update:
         records = measure(model, lines, ready, args, update)
     result = {
-        "device": common.device_name(model.device),
-        "model": args.model,
-        "dtype": args.dtype,
-        "protocol": {k: getattr(args, k) for k in ("prefix", "tokens", "sinks", "recent", "frame")},
-        "source": documents.SOURCE if not args.documents else "given with --documents",
-        "documents": [
-            {"name": name, "sha256": hashlib.sha256(content.encode()).hexdigest()}
-            for name, content in texts.items()
-        ],
+        **setting.about(args, texts, model.device, PROTOCOL),
         "notes": notes + [f"{r['name']} failed: {r['error']}" for r in records if "error" in r],
         "lines": records,
         "verdict": verdict.judge(records),

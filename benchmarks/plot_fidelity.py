@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,18 @@ def _label(axes: Any, labels: list[tuple[float, float, str, str, str]]) -> None:
         )
 
 
-def main(argv: list[str]) -> None:
-    """Draw a JSON file."""
-    source = Path(argv[0]) if argv else DEFAULT
+def save(argv: list[str], default: Path, draw: Callable[[dict[str, Any]], Any]) -> None:
+    """Draw a JSON file, the one that ``argv`` names or the default, beside itself."""
+    source = Path(argv[0]) if argv else default
     figure = draw(json.loads(source.read_text(encoding="utf-8")))
     for suffix in (".png", ".svg"):
         figure.savefig(source.with_suffix(suffix))
         print(source.with_suffix(suffix))
+
+
+def main(argv: list[str]) -> None:
+    """Draw this benchmark's JSON file."""
+    save(argv, DEFAULT, draw)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Writes retention.png and retention.svg beside it. Needs matplotlib: pip install 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from plot_fidelity import save
 
 DEFAULT = Path(__file__).parent / "results" / "retention.json"
 
@@ -151,12 +151,8 @@ def _label(axes: Any) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Draw a JSON file."""
-    source = Path(argv[0]) if argv else DEFAULT
-    figure = draw(json.loads(source.read_text(encoding="utf-8")))
-    for suffix in (".png", ".svg"):
-        figure.savefig(source.with_suffix(suffix))
-        print(source.with_suffix(suffix))
+    """Draw this benchmark's JSON file."""
+    save(argv, DEFAULT, draw)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ is written after everything that was measured; ``--resume`` goes on from there.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -17,12 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import documents
 import long_generation
 import passkey
 import retention_lines
 import retention_verdict
-import torch
+import setting
 from retention_lines import Record, select
 
 from skv_compile import evaluate, models
@@ -92,22 +90,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def about(args: argparse.Namespace, texts: dict[str, str], device: torch.device) -> Record:
-    """The head of the JSON: on what, and how, everything is measured."""
-    return {
-        "device": common.device_name(device),
-        "model": args.model,
-        "dtype": args.dtype,
-        "protocol": {name: getattr(args, name) for name in PROTOCOL},
-        "source": documents.SOURCE if not args.documents else "given with --documents",
-        "documents": [
-            {"name": name, "sha256": hashlib.sha256(content.encode()).hexdigest()}
-            for name, content in texts.items()
-        ],
-        "notes": list(NOTES),
-    }
-
-
 def resumed(old: Record, new: Record) -> Record:
     """``new`` with the parts that ``old`` has measured.
 
@@ -135,19 +117,8 @@ def main(argv: list[str]) -> int:
     """Measure, write the JSON, print the tables; 1 when a line failed."""
     args = parse(argv)
     screen = Screen()
-    Path(args.json).absolute().parent.mkdir(parents=True, exist_ok=True)
-    common.check_writable(args.json)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("highest")
-    with screen.step("Documents") as update:
-        where = Path(args.documents) if args.documents else documents.fetch(report=update)
-    texts = evaluate.read_texts([str(where)])
-    texts = dict([(n, t) for n, t in texts.items() if not n.startswith("calib")][: args.limit])
-    with screen.step("Model") as update:
-        dtype = getattr(torch, args.dtype)
-        loaded = models.load(args.model, device=args.device, dtype=dtype, report=update)
-    result = about(args, texts, loaded.device)
+    texts, loaded = setting.prepare(args, screen)
+    result = setting.about(args, texts, loaded.device, PROTOCOL) | {"notes": list(NOTES)}
     if args.resume and Path(args.json).exists():
         result = resumed(json.loads(Path(args.json).read_text(encoding="utf-8")), result)
     command = shlex.join(["python", "benchmarks/retention.py", *argv])

@@ -6,15 +6,21 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SHOWN = ("identity", "frame", "rings", "grid", "Hadamard + Lloyd-Max", "KIVI, groups of 32")
 README = HERE.parent / "README.md"
 
 
+def _result(name: str) -> Any:
+    """A JSON of results/."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def fidelity() -> str:
     """Codec, bits, KL and what it costs, one line a tier."""
-    result = json.loads((HERE / "results" / "fidelity.json").read_text(encoding="utf-8"))
+    result = _result("fidelity")
     rows = [
         "| cache | bits | frames counted | KL, nats (worst document) | perplexity | same top-1 |",
         "|---|---|---|---|---|---|",
@@ -39,7 +45,7 @@ def fidelity() -> str:
 
 def retention() -> str:
     """Mean KL (worst document) of every policy at equal bits."""
-    result = json.loads((HERE / "results" / "retention.json").read_text(encoding="utf-8"))
+    result = _result("retention")
     lines = [line for line in result["policies"]["lines"] if line.get("summary")]
     rates = sorted({line["bits"] for line in lines})
     names = list(dict.fromkeys(line["retention"] for line in lines))
@@ -62,7 +68,7 @@ def retention() -> str:
 
 def long() -> str:
     """Mean KL of a long generation, by quarter."""
-    result = json.loads((HERE / "results" / "retention.json").read_text(encoding="utf-8"))
+    result = _result("retention")
     if "long" not in result:
         return "(not measured yet)"
     rows = ["| long generation | bits | KL | by quarter | re-coded at a refresh |"]
@@ -82,7 +88,7 @@ def long() -> str:
 
 def demo() -> str:
     """The demo's two sides."""
-    result = json.loads((HERE / "results" / "demo.json").read_text(encoding="utf-8"))
+    result = _result("demo")
     dense, small = result["dense"], result["spherical"]
     rows = ["| `make demo`, CPU | dense | compressed |", "|---|---|---|"]
     rows.append(

@@ -28,7 +28,7 @@ RADIUS_ZERO = 128
 SCORE_STEPS_PER_OCTAVE = 5
 SCORE_ONE = 200
 
-STORED = torch.bfloat16  # ``into`` and ``out`` of frames that every layer has of its own
+STORED = torch.bfloat16  # ``into`` and ``back`` of frames that every layer has of its own
 
 UNBIASED_CAP = 1.3
 
@@ -135,19 +135,29 @@ def centred_digits(packed: Tensor) -> Tensor:
     return F.embedding(packed.int(), _centred_quads(packed.device)).flatten(-2)
 
 
+def _encode_log(x: Tensor, steps_per_octave: int, one: int) -> Tensor:
+    """[...] numbers >= 0 -> uint8: 0 is nothing, code c > 0 stands for 2 ** ((c - one) / steps)."""
+    code = torch.round(torch.log2(x) * steps_per_octave) + one
+    return torch.where(x > 0, code.clamp(0, 255), torch.zeros_like(code)).to(torch.uint8)
+
+
+def _decode_log(code: Tensor, steps_per_octave: int, one: int) -> Tensor:
+    """Inverse of :func:`_encode_log`: float32."""
+    x = torch.exp2((code.float() - one) / steps_per_octave)
+    return torch.where(code > 0, x, torch.zeros_like(x))
+
+
 def encode_radius(r: Tensor) -> Tensor:
     """[...] radii >= 0 -> uint8 codes, relative error at most 2**(1/32) - 1.
 
     What is too small for code 1 is nothing; what is above :func:`largest_radius` is clamped.
     """
-    code = torch.round(torch.log2(r) * RADIUS_STEPS_PER_OCTAVE) + RADIUS_ZERO
-    return torch.where(r > 0, code.clamp(0, 255), torch.zeros_like(code)).to(torch.uint8)
+    return _encode_log(r, RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO)
 
 
 def decode_radius(code: Tensor) -> Tensor:
     """uint8 codes -> float32 radii."""
-    r = torch.exp2((code.float() - RADIUS_ZERO) / RADIUS_STEPS_PER_OCTAVE)
-    return torch.where(code > 0, r, torch.zeros_like(r))
+    return _decode_log(code, RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO)
 
 
 def largest_radius() -> float:
@@ -229,12 +239,10 @@ def decode(digits: Tensor, radius: Tensor, frame: Frame) -> Tensor:
 
 
 def encode_score(score: Tensor) -> Tensor:
-    """[...] scores >= 0 -> uint8 codes of ``SCORE_STEPS_PER_OCTAVE``; too small is 0."""
-    code = torch.round(torch.log2(score) * SCORE_STEPS_PER_OCTAVE) + SCORE_ONE
-    return torch.where(score > 0, code.clamp(0, 255), torch.zeros_like(code)).to(torch.uint8)
+    """[...] scores >= 0 -> uint8 codes; what is too small for code 1 is nothing."""
+    return _encode_log(score, SCORE_STEPS_PER_OCTAVE, SCORE_ONE)
 
 
 def decode_score(code: Tensor) -> Tensor:
     """uint8 codes -> float32 scores."""
-    score = torch.exp2((code.float() - SCORE_ONE) / SCORE_STEPS_PER_OCTAVE)
-    return torch.where(code > 0, score, torch.zeros_like(score))
+    return _decode_log(code, SCORE_STEPS_PER_OCTAVE, SCORE_ONE)

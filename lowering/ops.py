@@ -26,7 +26,7 @@ from torch import Tensor
 from . import reference
 from .errors import SkvError
 from .layout import Layout
-from .state import FIRST_FRAME, State
+from .state import State
 
 _BASIS = ("into", "back", "grid", "plan")
 _FRAMES = [f"{side}_{part}" for side in ("key", "value") for part in _BASIS] + ["loss"]
@@ -183,7 +183,6 @@ append = torch.ops.skv.append.default
 calibrate = torch.ops.skv.calibrate.default
 
 __all__ = [
-    "FIRST_FRAME",
     "append",
     "attend",
     "calibrate",

@@ -54,7 +54,7 @@ def append(
     new = (t >= found.length[:, None]) & (t < found.new_length[:, None])
     take_sink = new & ~found.bad
     take = torch.cat([take_sink.expand(batch, -1), take_ring], 1)[:, None, :, None]
-    sk, sv = _pick_new(k, v, t - found.length[:, None] + found.lead[:, None])
+    sk, sv = pick_new(k, v, t - found.length[:, None] + found.lead[:, None])
     for exact, sink, ring in ((exact_keys, sk, rk), (exact_values, sv, rv)):
         exact.copy_(torch.where(take, torch.cat([sink, ring], 2), exact))
 
@@ -70,7 +70,7 @@ def append(
     meta[:, FLAGS] = flags
 
 
-def _pick_new(k: Tensor, v: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+def pick_new(k: Tensor, v: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens j [B, n] of this forward, clamped: [B, H, n, D]."""
     batch, heads, tokens, head_dim = k.shape
     at = j.clamp(0, tokens - 1)[:, None, :, None].expand(batch, heads, -1, head_dim)

@@ -101,13 +101,15 @@ class Arriving:
     @property
     def share(self) -> float:
         """The part of the budget that the layers so far may take."""
-        x = self._seen / self._heads.layers
-        return x * (1 + (SLACK - 1) * (1 - x) ** 2)
+        return self._share(self._seen)
 
     def part(self, layer: int, pages: int) -> int:
         """Pages for the layers before ``layer`` when there is no room for it."""
-        x = layer / self._heads.layers
-        return int(pages * x * (1 + (SLACK - 1) * (1 - x) ** 2))
+        return int(pages * self._share(layer))
+
+    def _share(self, layers: int) -> float:
+        x = layers / self._heads.layers
+        return x * (1 + (SLACK - 1) * (1 - x) ** 2)
 
     def levels(self, steps: Tensor, allowed: int) -> Tensor:
         """Levels of the tokens of the next layer, whose steps these are; ``allowed`` pages for

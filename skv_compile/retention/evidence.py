@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..lowering.layout import Layout
+from ..lowering.reference.append import pick_new
 from ..lowering.reference.intake import Intake, Sources
 from ..lowering.state import CODED, LENGTH, State, ring_tokens
 
@@ -42,14 +43,13 @@ class Exact:
         k: Tensor, v: Tensor, found: Intake, sources: Sources, state: State, layout: Layout
     ) -> Exact:
         """Of a forward: sinks, what the ring held, and the forward's own; i is the place."""
-        batch, _, tokens, dim = k.shape
+        batch = k.shape[0]
         t = torch.arange(layout.sinks, device=k.device).expand(batch, -1)
-        new = (t - found.length[:, None] + found.lead[:, None]).clamp(0, tokens - 1)
-        at = new[:, None, :, None].expand(-1, k.shape[1], -1, dim)
+        new = pick_new(k, v, t - found.length[:, None] + found.lead[:, None])
         is_old = (t < found.length[:, None])[:, None, :, None]
         sinks = [
-            torch.where(is_old, exact[:, :, : layout.sinks], x.gather(2, at))
-            for exact, x in ((state.exact_keys, k), (state.exact_values, v))
+            torch.where(is_old, exact[:, :, : layout.sinks], x)
+            for exact, x in zip((state.exact_keys, state.exact_values), new, strict=True)
         ]
         n = max(0, int(found.new_length.max()) - layout.sinks)
         i = torch.arange(n, device=k.device).expand(batch, -1)

@@ -68,20 +68,13 @@ class Keeper:
     def maintain(self) -> int:
         """Move the strides that are full into pages. Returns the most tokens that still wait."""
         layout = self.layout
-        table = torch.stack([s.meta for s in self.states]).tolist()
-        waits, due = 0, []
-        for layer, rows in enumerate(table):
-            moved = 0
-            for row in rows:
-                beyond = max(0, row[LENGTH] - layout.sinks - layout.recent)
-                end = max(row[CODED], beyond // layout.stride * layout.stride)
-                moved = max(moved, end - row[CODED])
-                waits = max(waits, beyond - end)
-            if layout.tracked and not any(row[CODED] for row in rows):
-                self.pool.release([layer])  # a sequence that began anew
-                self.judge.forget(layer)
-            if moved:
-                due.append(layer)
+        metas = torch.stack([s.meta for s in self.states]).cpu()
+        coded, end = metas[..., CODED], self._end(metas)
+        for layer in (coded == 0).all(1).nonzero().flatten().tolist():
+            self.pool.release([layer])  # a sequence that began anew
+            self.judge.forget(layer)
+        due = (end > coded).any(1).nonzero().flatten().tolist()
+        waits = max(0, int((metas[..., LENGTH] - layout.sinks - layout.recent - end).max()))
         if due:
             with torch.no_grad():
                 self._move(due)
@@ -121,10 +114,10 @@ class Keeper:
         return int((self._end(meta) if due else meta[:, CODED]).sum())
 
     def _end(self, meta: Tensor) -> Tensor:
-        """[B]: where the coded tokens end once every full stride has been moved."""
+        """Of meta [..., 4]: where the coded tokens end once every full stride has been moved."""
         layout = self.layout
-        beyond = (meta[:, LENGTH] - layout.sinks - layout.recent).clamp(min=0)
-        return torch.maximum(meta[:, CODED], beyond // layout.stride * layout.stride)
+        beyond = (meta[..., LENGTH] - layout.sinks - layout.recent).clamp(min=0)
+        return torch.maximum(meta[..., CODED], beyond // layout.stride * layout.stride)
 
     def _waiting(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens of a ring that are due: k, v [B, H, n, D], i [B, n], live [B, n]."""

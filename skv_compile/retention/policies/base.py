@@ -71,7 +71,7 @@ class Policy:
         ``memo`` lives as long as a forward; layers of a prompt come one after another, and
         ``memo[ARRIVING]`` is true then.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # "none" is not tracked and is never asked
 
     def shares(self, layers: int) -> list[float]:
         """The share of every layer in the budget, where layers have one each; the mean is 1."""
