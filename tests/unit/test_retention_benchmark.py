@@ -391,33 +391,3 @@ def test_arguments_that_cannot_be_meant_are_refused() -> None:
         with pytest.raises(SystemExit):
             retention.parse(more)
     assert retention.parse([]).long_prompt == 1028
-
-
-def test_runs_of_other_documents_and_lines_are_joined_and_counted_once() -> None:
-    merge = importlib.import_module("merge_retention")
-
-    def run(name: str, *policies: str) -> dict[str, Any]:
-        row = {"name": name, "prefill_seconds": 1.0, "prefill_seconds_without": None}
-        row |= dict.fromkeys(("kl_stderr", "kl_max", "delta_ppl"), 0.0)
-        row |= {"tokens": 1, "kl_mean": float(len(name)), "same_top1": 1.0}
-        row |= {end: {"bits_per_coordinate": 1.0} for end in ("after_prompt", "after")}
-        lines = [
-            {"name": f"{p} 2", "retention": p, "bits": 2.0, "documents": [dict(row)]}
-            for p in policies
-        ]
-        head = {"model": "m", "dtype": "float32", "protocol": {}, "device": "cpu", "notes": ["n"]}
-        documents = [{"name": name, "sha256": name}]
-        command = f"python benchmarks/retention.py --documents /some/where/{name}"
-        own = {"documents": documents, "command": command, "policies": {"lines": lines}}
-        return head | own
-
-    joined = merge.merge([run("a", "rdr"), run("bbb", "rdr", "none"), run("a", "rdr")])
-    assert [x["name"] for x in joined["documents"]] == ["a", "bbb"]
-    rdr, none = joined["policies"]["lines"]
-    assert [row["name"] for row in rdr["documents"]] == ["a", "bbb"]
-    assert rdr["summary"]["kl_mean"] == 2.0
-    assert [row["name"] for row in none["documents"]] == ["bbb"]
-    assert joined["command"][1] == "python benchmarks/retention.py --documents bbb"
-    other = run("c", "rdr") | {"dtype": "bfloat16"}
-    with pytest.raises(UsageError, match="dtype"):
-        merge.merge([run("a", "rdr"), other])
