@@ -336,3 +336,21 @@ def test_a_model_decodes_within_its_bits_eagerly_and_compiled(
     assert found[0][1]["tokens_dropped"] > 0
     assert len(bits) > 10
     assert max(bits) <= 2.0
+
+
+def test_a_head_that_looks_sharply_keeps_more_of_what_nobody_looked_at() -> None:
+    """At equal mean attention, the head whose queries each look at one token has a higher floor."""
+    queries, n = 16, 64
+    sharp = torch.zeros(1, 1, 1, queries, n)
+    sharp[0, 0, 0, torch.arange(queries), torch.arange(queries)] = 1.0
+    blunt = torch.zeros_like(sharp)
+    blunt[..., :queries] = sharp.square().mean(-2, keepdim=True)[..., :queries].sqrt()
+    weights = torch.cat([sharp, blunt], 1)
+    seen = Seen(weights, torch.ones(1, queries, n, dtype=torch.bool), prompt=True)
+    score = POLICIES["rdr"]().observe(seen)
+    torch.testing.assert_close(
+        score[0, 0, :queries].mean(), score[0, 1, :queries].mean(), rtol=0.2, atol=0
+    )
+    assert score[0, 0, -1] > 5 * score[0, 1, -1] > 0
+    later = POLICIES["rdr"]().observe(Seen(weights, seen.counted, prompt=False))
+    assert (later[..., -1] == 0).all()

@@ -36,6 +36,12 @@ class Seen:
         queries = self.counted.sum(1).clamp(min=1)[:, None]
         return (x * self.counted[:, None, None]).sum((2, 3)) / (queries * x.shape[2])
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Largest x [B, H, G, S, n] >= 0 over the group and the queries that count: [B, H, n]."""
+        if 0 in x.shape[2:4]:
+            return x.new_zeros(*x.shape[:2], x.shape[4])
+        return (x * self.counted[:, None, None]).amax((2, 3))
+
 
 @dataclass(frozen=True)
 class Policy:

@@ -41,16 +41,21 @@ class RDR(Policy):
     """Neighbours over which a prompt's scores are averaged."""
     prompt_floor: float = 0.01
     """Of the mean score of a prompt's tokens, added to each."""
+    peak: float = 0.01
+    """Of the most that any query gave a prompt's tokens, their mean, added to each: a head that
+    looks sharply, wherever it looks, may look anywhere at the next question."""
     surprise: float = 0.01
     """Of the head's unexpected attention, added to every token's score (``Heads.surprise``)."""
     switch: float = 0.5
     """Bits per coordinate that a change of tier must save, beyond what it loses."""
 
     def observe(self, seen: Seen) -> Tensor:
-        score = seen.mean(seen.weights.square())
+        square = seen.weights.square()
+        score = seen.mean(square)
         if seen.prompt:
             score = pool_tokens(score, self.pool)
-            score = score + self.prompt_floor * score.mean(-1, keepdim=True)
+            floor = self.prompt_floor * score + self.peak * seen.largest(square)
+            score = score + floor.mean(-1, keepdim=True)
         return score
 
     def costs(self, tokens: Tokens, heads: Heads) -> Tensor:
