@@ -39,8 +39,17 @@ def merge(runs: list[Record]) -> Record:
                 _add(joined.setdefault(part, {}), run[part], summarise)
         if "passkey" in run:
             joined.setdefault("passkey", run["passkey"])
+            _add_needles(joined["passkey"], run["passkey"])
+        joined["versions"] = {
+            name: "; ".join(dict.fromkeys(str(run["versions"].get(name)) for run in runs))
+            for name in out["versions"]
+        }
         joined["notes"] = list(dict.fromkeys(out["notes"] + run["notes"]))
         out = joined
+    for part, settings in ORDER.items():
+        place = {setting.name: n for n, setting in enumerate(settings)}
+        lines = out.get(part, {}).get("lines", [])
+        lines.sort(key=lambda line, place=place: place.get(line["name"], len(place)))
     out["command"] = [named_only(run["command"]) for run in runs]
     out["verdict"] = retention_verdict.judge(out)
     return out
@@ -50,6 +59,8 @@ PARTS: dict[str, Callable[[list[Record]], Record]] = {
     "policies": retention_lines.summarise,
     "long": long_generation.summarise,
 }
+
+ORDER = {"policies": retention_lines.policy_settings(), "long": long_generation.SETTINGS}
 
 
 def named_only(command: str) -> str:
@@ -69,6 +80,13 @@ def _add(own: Record, other: Record, summarise: Callable[[list[Record]], Record]
         mine["documents"] += [row for row in line["documents"] if row["name"] not in have]
         if mine["documents"]:
             mine["summary"] = summarise(mine["documents"])
+
+
+def _add_needles(own: Record, other: Record) -> None:
+    """Take the lengths of prompts over that are not there yet."""
+    have = {x["length"] for x in own["lengths"]}
+    own["lengths"] += [x for x in other["lengths"] if x["length"] not in have]
+    own["lengths"].sort(key=lambda x: x["length"])
 
 
 def main(argv: list[str]) -> None:

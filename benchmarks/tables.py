@@ -47,6 +47,7 @@ def retention() -> str:
     """Mean KL (worst document) of every policy at equal bits."""
     result = _result("retention")
     lines = [line for line in result["policies"]["lines"] if line.get("summary")]
+    most = max(len(line["documents"]) for line in lines)
     rates = sorted({line["bits"] for line in lines})
     names = list(dict.fromkeys(line["retention"] for line in lines))
     names.sort(key=lambda name: name != "rdr")
@@ -60,6 +61,8 @@ def retention() -> str:
             if found:
                 mean = found[0]["summary"]
                 text = f"{mean['kl_mean']:.4f} ({mean['kl_max']:.4f})"
+                if len(found[0]["documents"]) < most:
+                    text += f" [{len(found[0]['documents'])}]"
             cells.append(text)
         label = {"rdr": "**rdr**", "none": "none (uniform)"}.get(name, name)
         rows.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -69,8 +72,6 @@ def retention() -> str:
 def long() -> str:
     """Mean KL of a long generation, by quarter."""
     result = _result("retention")
-    if "long" not in result:
-        return "(not measured yet)"
     rows = ["| long generation | bits | KL | by quarter | re-coded at a refresh |"]
     rows.append("|---|---|---|---|---|")
     for line in result["long"]["lines"]:
@@ -83,6 +84,22 @@ def long() -> str:
                 f"| {line['retention']} | {line['bits']:g} | {mean['kl_mean']:.4f} | {quarters} | "
                 f"{share} |"
             )
+    return "\n".join(rows)
+
+
+def passkey() -> str:
+    """Needles found, of those that the exact model finds."""
+    result = _result("passkey")["passkey"]
+    lengths = result["lengths"]
+    rows = ["| needles found | " + " | ".join(f"{x['length']:,} tokens" for x in lengths) + " |"]
+    rows.append("|---|" + "---|" * len(lengths))
+    names = list(dict.fromkeys(line["name"] for x in lengths for line in x["lines"]))
+    for name in names:
+        cells = []
+        for own in lengths:
+            found = [x for x in own["lines"] if x["name"] == name and "of" in x]
+            cells.append(f"{found[0]['answered']} of {found[0]['of']}" if found else "-")
+        rows.append(f"| {name} bits | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
@@ -103,10 +120,14 @@ def demo() -> str:
 
 def filled(text: str) -> str:
     """The README with every marked table made anew."""
-    tables = {"fidelity": fidelity, "retention": retention, "long": long, "demo": demo}
+    tables = {
+        "fidelity": fidelity,
+        "retention": retention,
+        "long": long,
+        "passkey": passkey,
+        "demo": demo,
+    }
     for name, make in tables.items():
-        if name == "long" and "<!-- long -->" not in text:
-            continue
         table = make()
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)

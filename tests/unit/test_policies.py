@@ -351,6 +351,6 @@ def test_a_head_that_looks_sharply_keeps_more_of_what_nobody_looked_at() -> None
     torch.testing.assert_close(
         score[0, 0, :queries].mean(), score[0, 1, :queries].mean(), rtol=0.2, atol=0
     )
-    assert score[0, 0, -1] > 5 * score[0, 1, -1] > 0
+    assert score[0, 0, -1] > 3 * score[0, 1, -1] > 0
     later = POLICIES["rdr"]().observe(Seen(weights, seen.counted, prompt=False))
     assert (later[..., -1] == 0).all()

@@ -41,7 +41,7 @@ class RDR(Policy):
     """Neighbours over which a prompt's scores are averaged."""
     prompt_floor: float = 0.01
     """Of the mean score of a prompt's tokens, added to each."""
-    peak: float = 0.01
+    peak: float = 0.003
     """Of the most that any query gave a prompt's tokens, their mean, added to each: a head that
     looks sharply, wherever it looks, may look anywhere at the next question."""
     surprise: float = 0.01
