@@ -64,7 +64,8 @@ def test_a_small_budget_does_drop_tokens_of_every_layer_and_row(policy: str) -> 
     held = [len(kept) for n in range(LAYERS) for kept in run.kept(n).values()]
     total = sum(int(s.tensors.meta[:, CODED].sum()) for s in run.cache.states) * HEADS
     assert sum(held) == total - gone(run)
-    assert 0.2 < sum(held) / total < 0.6  # of float64 values, with a page begun in every group
+    # A quarter of float64 values, less the pages that are begun, and not full, in every group.
+    assert 0.15 < sum(held) / total < 0.6
 
 
 # ---------------------------------------------------------------- chunks
