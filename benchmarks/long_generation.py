@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from retention_lines import Record, Report, Setting, clock, failed, measured, record_of, stored
+from retention_lines import Record, Report, Setting, clock, failed, left_to_measure, stored
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -181,13 +181,8 @@ def measure(
     save: Callable[[], None],
 ) -> None:
     """Every setting on every document that ``part`` does not have yet."""
-    records = [record_of(part.setdefault("lines", []), setting) for setting in settings]
     blocks = args.long_tokens // BLOCK
-    for document in documents:
-        pairs = zip(settings, records, strict=True)
-        todo = [(s, record) for s, record in pairs if document.name not in measured(record)]
-        if not todo:
-            continue
+    for document, todo in left_to_measure(part, settings, documents):
         report(f"{document.name}: the prompt in {len(todo)} caches")
         ids = document.ids
         prompt = len(ids) - 1 - args.long_tokens

@@ -16,7 +16,7 @@ from typing import Any
 
 import baselines
 import torch
-from retention_lines import Record, Report, Setting, failed
+from retention_lines import Record, Report, Setting, failed, record_of
 from transformers import DynamicCache
 
 import skv_compile as skv
@@ -169,7 +169,7 @@ def measure(
             own["exact"].append(_row(needle, answer))
             save()
         counted = [needles[row["number"]] for row in own["exact"] if row["right"]]
-        records = [_record(own["lines"], setting) for setting in settings]
+        records = [record_of(own["lines"], setting, "needles") for setting in settings]
         todo = [
             (needle, setting, record)
             for needle in counted
@@ -202,16 +202,6 @@ def _own(lengths: list[Record], length: int) -> Record:
     lengths.append({"length": length, "exact": [], "lines": []})
     lengths.sort(key=lambda own: own["length"])
     return next(own for own in lengths if own["length"] == length)
-
-
-def _record(lines: list[Record], setting: Setting) -> Record:
-    """The record of a setting; made where there is none. An old error is forgotten."""
-    for record in lines:
-        if record["name"] == setting.name:
-            record.pop("error", None)
-            return record
-    lines.append({"name": setting.name, **dataclasses.asdict(setting), "needles": []})
-    return lines[-1]
 
 
 def _row(needle: Needle, answer: str) -> Record:

@@ -76,19 +76,36 @@ def select(
     return found
 
 
-def record_of(lines: list[Record], setting: Setting) -> Record:
-    """The record of a setting among others; made where there is none. An old error is forgotten."""
+def record_of(lines: list[Record], setting: Setting, rows: str = "documents") -> Record:
+    """The record of a setting among others; made where there is none. An old error is forgotten.
+
+    ``rows``: what its measurements are listed under.
+    """
     for record in lines:
         if record["name"] == setting.name:
             record.pop("error", None)
             return record
-    lines.append({"name": setting.name, **dataclasses.asdict(setting), "documents": []})
+    lines.append({"name": setting.name, **dataclasses.asdict(setting), rows: []})
     return lines[-1]
 
 
 def measured(record: Record) -> set[str]:
     """Names of the documents that a record has."""
     return {row["name"] for row in record["documents"]}
+
+
+def left_to_measure(
+    part: Record, settings: list[Setting], documents: list[evaluate.Document]
+) -> list[tuple[evaluate.Document, list[tuple[Setting, Record]]]]:
+    """Documents that some settings have not measured yet, with these and their records."""
+    lines = part.setdefault("lines", [])
+    pairs = [(setting, record_of(lines, setting)) for setting in settings]
+    found = []
+    for document in documents:
+        todo = [(s, record) for s, record in pairs if document.name not in measured(record)]
+        if todo:
+            found.append((document, todo))
+    return found
 
 
 def failed(error: Exception) -> str:
@@ -130,14 +147,9 @@ def measure(
     save: Callable[[], None],
 ) -> None:
     """Every setting on every document that ``part`` does not have yet."""
-    records = [record_of(part.setdefault("lines", []), setting) for setting in settings]
-    left = sum(d.name not in measured(record) for record in records for d in documents)
-    pace = evaluate.Pace(left)
-    for document in documents:
-        pairs = zip(settings, records, strict=True)
-        todo = [(s, record) for s, record in pairs if document.name not in measured(record)]
-        if not todo:
-            continue
+    left = left_to_measure(part, settings, documents)
+    pace = evaluate.Pace(sum(len(todo) for _, todo in left))
+    for document, todo in left:
         report(f"exact model on {document.name}")
         exact = evaluate.run_exact(model, document, args.prefix)
         seconds: list[float | None] = [None]

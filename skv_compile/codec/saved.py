@@ -8,13 +8,11 @@ The metadata is one JSON text: the order of several entries would change from ru
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import replacing
 from ..lowering.layout import Layout
 
 VERSION = 2
@@ -121,16 +120,8 @@ class SavedFrames:
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors.items()}
         about = {"version": VERSION, **self.about}
         about["sha256"] = _checksum(about, tensors)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
+        with replacing(target) as temporary:
             save_file(tensors, temporary, {_KEY: json.dumps(about, sort_keys=True)})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
 
 
 def identity(model_config: Any) -> dict[str, Any]:

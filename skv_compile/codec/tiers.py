@@ -86,9 +86,10 @@ def frames_of(layout: Layout, heads: int, device: torch.device) -> tuple[Tensor,
     """The nine frame tensors of a layer before anything is fitted; layers may share them."""
     if layout.kind == "exact":
         return (torch.empty(0, device=device),) * 9
+    plain = _plain_frames(layout.kind, layout.head_dim, layout.tiers, heads, device)
     if not layout.calibrate:
-        return _plain_frames(layout.kind, layout.head_dim, layout.tiers, heads, device)
-    *bases, loss = _plain_frames(layout.kind, layout.head_dim, layout.tiers, heads, device)
+        return plain
+    *bases, loss = plain
     own = [stored(Basis(*side)) for side in (bases[:4], bases[4:])]
     return (*own[0], *own[1], loss.clone())
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from skv_compile.errors import SkvError
+from skv_compile.files import replacing
 
 #: Decoding steps left out of a speed: they contain compilation and its warm-up.
 WARM_UP_STEPS = 8
@@ -130,17 +129,8 @@ def write_json(file: str, command: str, result: dict[str, Any]) -> None:
         **result,
     }
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    path = Path(file).absolute()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with replacing(Path(file).absolute()) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 class TokenTimer:

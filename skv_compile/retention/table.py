@@ -7,11 +7,9 @@ sees that in random tokens, so no text is needed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError, UnsupportedError
+from ..files import replacing
 
 #: Scores [layers][kv heads] of the compressed layers of a model, from 0 to 1 where measured.
 Table = tuple[tuple[float, ...], ...]
@@ -93,16 +92,9 @@ def save_table(path: str | os.PathLike[str], table: Table, **about: Any) -> None
     """Write a file, whole or not at all; ``about``: what else is to be known of it."""
     record = {"format": FORMAT, "version": VERSION, **about, "scores": [list(r) for r in table]}
     target = Path(path).expanduser().absolute()
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(target) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- measuring
