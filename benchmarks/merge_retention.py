@@ -29,6 +29,7 @@ Record = dict[str, Any]
 def merge(runs: list[Record]) -> Record:
     """One record of all of them, judged anew; ``command`` is a list, one for each run."""
     out: Record = runs[0]
+    said = [command for run in runs for command in retention.commands(run)]
     for run in runs[1:]:
         names = {x["name"] for x in out["documents"]}
         new = [x for x in run["documents"] if x["name"] not in names]
@@ -50,7 +51,7 @@ def merge(runs: list[Record]) -> Record:
         place = {setting.name: n for n, setting in enumerate(settings)}
         lines = out.get(part, {}).get("lines", [])
         lines.sort(key=lambda line, place=place: place.get(line["name"], len(place)))
-    out["command"] = [named_only(run["command"]) for run in runs]
+    out["command"] = [named_only(command) for command in said]
     out["verdict"] = retention_verdict.judge(out)
     return out
 

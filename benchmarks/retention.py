@@ -113,19 +113,26 @@ def resumed(old: Record, new: Record) -> Record:
     return new | kept | whole
 
 
+def commands(record: Record) -> list[str]:
+    """Those that made a record: several, where one went on with what another had left."""
+    found = record["command"]
+    return [found] if isinstance(found, str) else found
+
+
 def main(argv: list[str]) -> int:
     """Measure, write the JSON, print the tables; 1 when a line failed."""
     args = parse(argv)
+    own = shlex.join(["python", "benchmarks/retention.py", *argv])
     screen = Screen()
     texts, loaded = setting.prepare(args, screen)
     result = setting.about(args, texts, loaded.device, PROTOCOL) | {"notes": list(NOTES)}
     if args.resume and Path(args.json).exists():
-        result = resumed(json.loads(Path(args.json).read_text(encoding="utf-8")), result)
-    command = shlex.join(["python", "benchmarks/retention.py", *argv])
+        old = json.loads(Path(args.json).read_text(encoding="utf-8"))
+        result = resumed(old, result) | {"command": [*commands(old), own]}
 
     def save() -> None:
         result["verdict"] = retention_verdict.judge(result)
-        common.write_json(args.json, command, result)
+        common.write_json(args.json, own, result)
 
     with tempfile.TemporaryDirectory() as folder:
         args.retention_table = _table(loaded.model, args, Path(folder), result["notes"])

@@ -362,6 +362,8 @@ def test_the_script_measures_resumes_and_draws(
             assert new["documents"][0] == old["documents"][0]
             assert [row["name"] for row in new["documents"]] == ["one", "two"]
     assert second["passkey"] == first["passkey"]
+    assert second["command"][0] == first["command"]
+    assert "--resume" in second["command"][1]
     assert "calib-three" not in json.dumps(second)
 
     capsys.readouterr()
