@@ -1,0 +1,315 @@
+"""Triton kernels of ``attend``, generated from templates for one layout and shape of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+
+from .codes import RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO
+from .layout import DIGITS_PER_WORD, EXACT_DTYPES, GAP_FILLER, Layout
+from .state import CODED, PER_TIER, State
+from .work import Work, work_of
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+#: How a register with two words becomes two fp16 numbers, by digit of a word: shift it, keep the
+#: digit's bits in the mantissa of 1024. The number is 1024 + 2 ** RAW_LOG2 * digit.
+RAW_SHIFT = (0, 0, 0, 0, 0, 10, 10, 10)
+RAW_LOG2 = (0, 2, 4, 6, 8, 0, 2, 4)
+
+MASK_KINDS = {"none": 0, "bool": 1, "float": 2}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that generated source depends on.
+
+    ``layout``: its key. ``group``: query heads of a kv head; ``tokens``: of a forward.
+    ``mask``: none, bool or float; ``mask_min``: what hides in a float mask. ``raw``: unpack with
+    inline assembly (sm_80 and later); else with shifts and conversions, which also run in Triton's
+    interpreter.
+    """
+
+    layout: str
+    group: int
+    tokens: int
+    mask: str = "none"
+    mask_min: float = 0.0
+    raw: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a kv head, rounded up to a power of two."""
+        return _power(self.group * self.tokens)
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return max(16, self.rows)
+
+    @property
+    def slots(self) -> int:
+        """Blocks that a tile has rows for."""
+        return self.tile // self.rows
+
+
+def _power(n: int, least: int = 1) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _tiers(layout: Layout) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    queries = 0
+    for index, digits in enumerate(layout.tiers):
+        kw, vw = digits.key // DIGITS_PER_WORD, digits.value // DIGITS_PER_WORD
+        kp, vp = _power(kw, 16), _power(vw, 16)
+        capacity = layout.capacity[index]
+        tok = _power(capacity, 16)
+        offsets = {name: field.offset for name, field in layout.fields[index].items()}
+        first = layout.digits_before(index)
+        slot = f"n < {capacity}" if capacity < tok else ""
+
+        def when(words: int, padded: int, slot: str = slot) -> str:
+            column = "kw" if padded else "vw"
+            limits = [f"({slot})[:, None]"] if slot else []
+            if words < (kp if padded else vp):
+                limits.append(f"({column} < {words})[None, :]")
+            return f", mask={' & '.join(limits)}, other=0" if limits else ""
+
+        found.append(
+            {
+                **offsets,
+                "kw": kw,
+                "vw": vw,
+                "kp": kp,
+                "vp": vp,
+                "cap": capacity,
+                "tok": tok,
+                "key_first": first.key,
+                "value_first": first.value,
+                "query_first": queries,
+                "if_slot": f", mask={slot}, other=0" if slot else "",
+                "if_key": when(kw, 1),
+                "if_value": when(vw, 0),
+            }
+        )
+        queries += 8 * kp
+    return found
+
+
+def _names(spec: Spec) -> dict[str, Any]:
+    """What the templates are filled with."""
+    layout = Layout.parse(spec.layout)
+    tiers = _tiers(layout)
+    rows = spec.rows
+    exact = EXACT_DTYPES[layout.dtype]
+    digits = layout.digits_before(len(layout.tiers))
+    masks = []
+    for shift, log2 in zip(RAW_SHIFT, RAW_LOG2, strict=True):
+        masks.append(hex((3 << log2) * 0x10001))
+        assert shift + log2 < 16
+    return {
+        "about": ", ".join(f"{k}={v}" for k, v in asdict(spec).items()),
+        "D": layout.head_dim,
+        "DP": _power(layout.head_dim, 16),
+        "G": spec.group,
+        "T": spec.tokens,
+        "R": spec.group * spec.tokens,
+        "RP": rows,
+        "M": spec.tile,
+        "SLOTS": spec.slots,
+        "BB": max(1, 64 // rows) if layout.block else 1,
+        "NR": 32 if layout.head_dim > 32 else 16,
+        "NV": max(8 * tier["vp"] for tier in tiers),
+        "NS": 128,
+        "NC": 32,
+        "TE": 32,
+        "TOP": 12,
+        "tiers": tiers,
+        "n_tiers": len(tiers),
+        "key_digits": digits.key,
+        "value_digits": digits.value,
+        "page_bytes": layout.page_bytes,
+        "block": layout.block,
+        "sinks": layout.sinks,
+        "ring": layout.ring,
+        "tracked": layout.tracked,
+        "turned": layout.tracked and layout.block > 0,
+        "gap_filler": GAP_FILLER,
+        "per_tier": PER_TIER,
+        "radius_zero": RADIUS_ZERO,
+        "radius_steps": RADIUS_STEPS_PER_OCTAVE,
+        "MASK": MASK_KINDS[spec.mask],
+        "FMIN": spec.mask_min,
+        "LOG2E": math.log2(math.e),
+        "PRECISE": "tf32x3" if exact == torch.float32 else "tf32x3",
+        "QUICK": "tf32",
+        "RAW": spec.raw,
+        "raw_shift": RAW_SHIFT,
+        "raw_log2": RAW_LOG2,
+        "raw_mask": masks,
+        "max": max,
+    }
+
+
+@lru_cache(maxsize=64)
+def source(spec: Spec) -> str:
+    """The generated module of a spec, as text."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=False,
+        keep_trailing_newline=False,
+    )
+    names = _names(spec)
+    parts = {
+        name: env.get_template(f"{name}.py.jinja").render(names).strip()
+        for name in ("prepare", "pages", "merge")
+    }
+    return env.get_template("module.py.jinja").render(**names, **parts) + "\n"
+
+
+def folder() -> Path:
+    """Where generated modules are kept (Triton reads a kernel's source from its file)."""
+    root = os.environ.get("SKV_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "skv_compile"
+    )
+    return Path(root) / "kernels"
+
+
+@cache
+def module(spec: Spec) -> ModuleType:
+    """The generated module of a spec."""
+    text = source(spec)
+    name = "skv_" + hashlib.sha256(text.encode()).hexdigest()[:20]
+    path = folder() / f"{name}.py"
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(path)
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    made = importlib.util.module_from_spec(found)
+    found.loader.exec_module(made)
+    return made
+
+
+def spec_of(q: Tensor, k: Tensor, mask: Tensor | None, layout: str, raw: bool) -> Spec:
+    """The spec of a forward."""
+    kind, least = "none", 0.0
+    if mask is not None:
+        kind = "bool" if mask.dtype == torch.bool else "float"
+        least = 0.0 if kind == "bool" else torch.finfo(mask.dtype).min
+    return Spec(layout, q.shape[1] // k.shape[1], q.shape[2], kind, least, raw)
+
+
+@dataclass
+class Launch:
+    """How the kernels are launched."""
+
+    pages_warps: int = 1
+    pages_stages: int = 4
+    prepare_warps: int = 4
+    merge_warps: int = 4
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    position: Tensor,
+    state: State,
+    scale: float,
+    layout: Layout,
+    *,
+    work: Work | None = None,
+    programs: int = 1056,
+    raw: bool = False,
+    launch: Launch | None = None,
+) -> Tensor:
+    """``attend`` by generated kernels; arguments as in ``reference.attend``.
+
+    ``work``: of this layer alone; made here where it is None.
+    """
+    launch = launch or Launch()
+    spec = spec_of(q, k, mask, layout.key, raw)
+    made = module(spec)
+    batch, q_heads, tokens, dim = q.shape
+    heads = k.shape[1]
+    groups = batch * heads
+    if work is None:
+        coded = state.meta[None, :, CODED]
+        work = work_of(
+            state.table[None], state.pool, state.info, coded, layout, spec.slots, programs
+        )
+    names = _names(spec)
+    rows = spec.rows
+    device = q.device
+    blocks = (layout.max_coded - 1) // layout.block + 1 if layout.block else 1
+    blocks = max(1, blocks)
+    chunks = -(-blocks // names["BB"])
+    tiers = len(layout.tiers)
+    width = sum(8 * tier["kp"] for tier in names["tiers"])
+    empty = torch.empty
+    f32, f16 = torch.float32, torch.float16
+    q_digits = empty(groups * blocks * rows * width, dtype=f16, device=device)
+    terms = empty(tiers * groups * blocks * rows * 2, dtype=f32, device=device)
+    powers = empty(tiers * groups, dtype=f32, device=device)
+    flags = empty(groups * blocks if mask is not None else 1, dtype=torch.int8, device=device)
+    exact_part = empty(groups * rows * dim, dtype=f32, device=device)
+    exact_stat = empty(groups * rows * 2, dtype=f32, device=device)
+    segments = work.segments.shape[-2]
+    part = empty(segments * rows * names["NV"], dtype=f32, device=device)
+    stat = empty(segments * rows * 2, dtype=f32, device=device)
+    out = empty(q.shape, dtype=q.dtype, device=device)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    seen, mask_b, mask_t, slots = meta_of(mask)
+    if seen is None:
+        seen = flags
+    made.prepare[(groups * (1 + chunks * tiers),)](
+        q, k, v, seen, position, state.meta, state.exact_keys, state.exact_values, state.turn,
+        state.key_back, state.key_grid, state.key_plan,
+        q_digits, terms, powers, flags, exact_part, exact_stat,
+        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+        v.stride(0), v.stride(1), v.stride(2), mask_b, mask_t,
+        slots, blocks, chunks, groups, scale, H=heads, num_warps=launch.prepare_warps,
+    )
+    made.pages[(segments,)](
+        state.pool, state.pool.view(torch.int16), state.info, state.table, work.visits,
+        work.segments, state.meta, position, seen,
+        q_digits, terms, powers, flags, part, stat,
+        mask_b, mask_t, slots, blocks, groups, layout.max_pages, H=heads,
+        num_warps=launch.pages_warps, num_stages=launch.pages_stages,
+    )
+    made.merge[(groups * spec.group * tokens,)](
+        out, work.first, part, stat, exact_part, exact_stat,
+        state.value_back, state.value_grid, state.value_plan, H=heads,
+        num_warps=launch.merge_warps,
+    )
+    return out
+
+
+def meta_of(mask: Tensor | None) -> tuple[Tensor | None, int, int, int]:
+    """A mask [B or 1, 1, T or 1, S] as bytes or floats, its strides of row and token, and S."""
+    if mask is None:
+        return None, 0, 0, 1
+    if mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    stride_b = 0 if mask.shape[0] == 1 else mask.stride(0)
+    stride_t = 0 if mask.shape[2] == 1 else mask.stride(2)
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    return mask, stride_b, stride_t, mask.shape[-1]

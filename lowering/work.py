@@ -1,0 +1,126 @@
+"""What each program of the kernel ``pages`` goes through: lists made between steps.
+
+A *visit* is a page and the block that the first rows of a tile stand for; a page whose tokens
+are of more blocks than a tile has rows for is visited several times. A *segment* is a run of
+visits of one group and tier. Segments cost about the same, however long the rows of a batch are
+and whatever tiers their pages have.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .reference.pages import page_records
+from .state import BASE, KIND, PER_TIER
+
+
+class Work(NamedTuple):
+    """``visits`` [n, 2] int32: page, first block. ``segments`` [layers, programs + K, 4] int32:
+    group, tier, first visit, visits. ``first`` [layers, K + 1] int32: the first segment of
+    every (group, tier), K of them. Without tracked pages a visit is a page of its group."""
+
+    visits: Tensor
+    segments: Tensor
+    first: Tensor
+
+
+def visits_of(
+    table: Tensor, pool: Tensor, info: Tensor, layout: Layout, slots: int
+) -> tuple[Tensor, Tensor]:
+    """Visits of tracked pages in the order of ``table`` [layers, B, H, max_pages], and how many
+    there are of each layer, group and tier [layers, B * H * tiers].
+
+    ``slots``: blocks that a tile has rows for. Waits for the device.
+    """
+    layers = table.shape[0]
+    flat = table.flatten(1)
+    groups = flat.shape[1] // table.shape[-1]
+    layer, place = (flat >= 0).nonzero(as_tuple=True)
+    page = flat[layer, place].long()
+    kind = info[page, KIND].long()
+    tier, used = kind // PER_TIER, kind % PER_TIER
+    low = torch.zeros_like(page)
+    high = torch.zeros_like(page)
+    if layout.block:
+        base = info[page, BASE].long()
+        for t, capacity in enumerate(layout.capacity):
+            mine = (tier == t).nonzero().squeeze(1)
+            gap = page_records(pool[page[mine]], layout, t)["gap"].squeeze(-1).long()
+            live = torch.arange(capacity, device=page.device) < used[mine, None]
+            low[mine] = base[mine] + gap[:, 0]
+            high[mine] = base[mine] + (gap * live).sum(1)
+        low, high = low // layout.block, high // layout.block
+    times = (high - low) // slots + 1
+    bins = (layer * groups + place // table.shape[-1]) * len(layout.tiers) + tier
+    count = torch.zeros(layers * groups * len(layout.tiers), dtype=torch.long, device=page.device)
+    count.index_add_(0, bins, times)
+    again = torch.arange(int(times.sum()), device=page.device)
+    again = again - (times.cumsum(0) - times).repeat_interleave(times)
+    block = low.repeat_interleave(times) + again * slots
+    visits = torch.stack([page.repeat_interleave(times), block], 1).int()
+    return visits, count.view(layers, -1)
+
+
+def segments_of(
+    count: Tensor, start: Tensor, weight: Tensor, programs: int
+) -> tuple[Tensor, Tensor]:
+    """Cut visits into segments of like cost.
+
+    Args:
+        count: [layers, K] visits of every (group, tier), tiers innermost.
+        start: [layers, K] where they begin.
+        weight: [tiers] cost of a visit.
+        programs: how many segments a layer should come to; there are at most K more.
+
+    Returns:
+        ``segments`` and ``first`` of :class:`Work`. Does not wait for the device.
+    """
+    layers, bins = count.shape
+    tiers = len(weight)
+    cost = count * weight.repeat(bins // tiers)
+    unit = (cost.sum(1, keepdim=True) / programs).clamp(min=1e-9)
+    parts = (cost / unit + 1e-3).floor().long().clamp(min=1)
+    parts = torch.minimum(parts, count)
+    ends = parts.cumsum(1)
+    at = torch.arange(programs + bins, device=count.device).expand(layers, -1).contiguous()
+    k = torch.searchsorted(ends, at, right=True).clamp(max=bins - 1)
+    own, n = parts.gather(1, k).clamp(min=1), count.gather(1, k)
+    local = at - (ends - parts).gather(1, k)
+    low = local * n // own
+    length = torch.where(at < ends[:, -1:], (local + 1) * n // own - low, 0)
+    rows = [k // tiers, k % tiers, start.gather(1, k) + low, length]
+    first = torch.nn.functional.pad(ends, (1, 0))
+    return torch.stack(rows, -1).int(), first.int()
+
+
+def visit_weight(layout: Layout, device: torch.device) -> Tensor:
+    """[tiers] cost of a visit: the digits of a page."""
+    sizes = [c * (d.key + d.value + 64) for c, d in zip(layout.capacity, layout.tiers, strict=True)]
+    return torch.tensor(sizes, dtype=torch.float64, device=device)
+
+
+def work_of(
+    table: Tensor, pool: Tensor, info: Tensor, coded: Tensor, layout: Layout, slots: int, programs: int
+) -> Work:
+    """The work of some layers.
+
+    Args:
+        table: [layers, B, H, max_pages]; pool, info: as in ``State``.
+        coded: [layers, B] tokens in pages of each row.
+        slots: blocks that a tile has rows for (tracked pages).
+        programs: segments wanted of each layer.
+    """
+    layers, batch, heads, _ = table.shape
+    if layout.tracked:
+        visits, count = visits_of(table, pool, info, layout, slots)
+        start = (count.flatten().cumsum(0) - count.flatten()).view_as(count)
+    else:
+        visits = torch.zeros(1, 2, dtype=torch.int32, device=table.device)
+        pages = coded.to(table.device) // layout.page_tokens
+        count = pages[:, :, None].expand(layers, batch, heads).reshape(layers, -1)
+        start = torch.zeros_like(count)
+    return Work(visits, *segments_of(count, start, visit_weight(layout, table.device), programs))
