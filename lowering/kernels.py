@@ -6,11 +6,12 @@ import hashlib
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import torch
@@ -23,10 +24,32 @@ from .work import Work, work_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-#: How a register with two words becomes two fp16 numbers, by digit of a word: shift it, keep the
-#: digit's bits in the mantissa of 1024. The number is 1024 + 2 ** RAW_LOG2 * digit.
-RAW_SHIFT = (0, 0, 0, 0, 0, 10, 10, 10)
-RAW_LOG2 = (0, 2, 4, 6, 8, 0, 2, 4)
+#: Where the digits of a word are shifted to (left is positive), so that each lies in bits 4 to 9
+#: of its half of a register. There it is the mantissa of a number near 64, 16 or 4 whose unit is 1.
+RAW_SHIFT = (6, 6, 0, 0, 0, -6, -6, -6)
+CENTRE = 1.5  # of a digit
+
+
+class Raw(NamedTuple):
+    """How a register with two words becomes two fp16 numbers, ``offset`` and a digit each."""
+
+    move: str
+    mask: str
+    one: str
+    offset: float
+
+    @staticmethod
+    def of(digit: int) -> Raw:
+        shift = RAW_SHIFT[digit]
+        bit = 2 * digit + shift
+        assert 4 <= bit <= 8
+        move = f"shl.b32 a, $1, {shift};" if shift > 0 else f"shr.b32 a, $1, {-shift};"
+        exponent = 15 + 10 - bit  # of 2 ** (10 - bit)
+        mask, one = 3 << bit, exponent << 10
+        both = 0x10001
+        move = move if shift else "mov.b32 a, $1;"
+        return Raw(move, hex(mask * both), hex(one * both), 2.0 ** (10 - bit))
+
 
 MASK_KINDS = {"none": 0, "bool": 1, "float": 2}
 
@@ -115,10 +138,7 @@ def _names(spec: Spec) -> dict[str, Any]:
     rows = spec.rows
     exact = EXACT_DTYPES[layout.dtype]
     digits = layout.digits_before(len(layout.tiers))
-    masks = []
-    for shift, log2 in zip(RAW_SHIFT, RAW_LOG2, strict=True):
-        masks.append(hex((3 << log2) * 0x10001))
-        assert shift + log2 < 16
+    raw = [Raw.of(digit) for digit in range(DIGITS_PER_WORD)]
     return {
         "about": ", ".join(f"{k}={v}" for k, v in asdict(spec).items()),
         "D": layout.head_dim,
@@ -156,9 +176,8 @@ def _names(spec: Spec) -> dict[str, Any]:
         "PRECISE": "tf32x3" if exact == torch.float32 else "tf32x3",
         "QUICK": "tf32",
         "RAW": spec.raw,
-        "raw_shift": RAW_SHIFT,
-        "raw_log2": RAW_LOG2,
-        "raw_mask": masks,
+        "raw": raw,
+        "centre": [CENTRE + (x.offset if spec.raw else 0.0) for x in raw],
         "max": max,
     }
 
@@ -225,7 +244,7 @@ class Launch:
     merge_warps: int = 4
 
 
-def attend(
+def steps(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -239,10 +258,10 @@ def attend(
     programs: int = 1056,
     raw: bool = False,
     launch: Launch | None = None,
-) -> Tensor:
-    """``attend`` by generated kernels; arguments as in ``reference.attend``.
+) -> tuple[Tensor, tuple[Callable[[], None], ...]]:
+    """``attend`` by generated kernels: what will be the result, and the launches that make it.
 
-    ``work``: of this layer alone; made here where it is None.
+    Arguments as in ``reference.attend``. ``work``: of this layer alone; made here where it is None.
     """
     launch = launch or Launch()
     spec = spec_of(q, k, mask, layout.key, raw)
@@ -279,27 +298,34 @@ def attend(
     seen, mask_b, mask_t, slots = meta_of(mask)
     if seen is None:
         seen = flags
-    made.prepare[(groups * (1 + chunks * tiers),)](
-        q, k, v, seen, position, state.meta, state.exact_keys, state.exact_values, state.turn,
-        state.key_back, state.key_grid, state.key_plan,
-        q_digits, terms, powers, flags, exact_part, exact_stat,
-        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-        v.stride(0), v.stride(1), v.stride(2), mask_b, mask_t,
-        slots, blocks, chunks, groups, scale, H=heads, num_warps=launch.prepare_warps,
-    )
-    made.pages[(segments,)](
-        state.pool, state.pool.view(torch.int16), state.info, state.table, work.visits,
-        work.segments, state.meta, position, seen,
-        q_digits, terms, powers, flags, part, stat,
-        mask_b, mask_t, slots, blocks, groups, layout.max_pages, H=heads,
-        num_warps=launch.pages_warps, num_stages=launch.pages_stages,
-    )
-    made.merge[(groups * spec.group * tokens,)](
-        out, work.first, part, stat, exact_part, exact_stat,
-        state.value_back, state.value_grid, state.value_plan, H=heads,
-        num_warps=launch.merge_warps,
-    )
-    return out
+
+    def prepare() -> None:
+        made.prepare[(groups * (1 + chunks * tiers),)](
+            q, k, v, seen, position, state.meta, state.exact_keys, state.exact_values, state.turn,
+            state.key_back, state.key_grid, state.key_plan,
+            q_digits, terms, powers, flags, exact_part, exact_stat,
+            q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+            v.stride(0), v.stride(1), v.stride(2), mask_b, mask_t,
+            slots, blocks, chunks, groups, scale, H=heads, num_warps=launch.prepare_warps,
+        )  # fmt: skip
+
+    def pages() -> None:
+        made.pages[(segments,)](
+            state.pool, state.pool.view(torch.int16), state.info, state.table, work.visits,
+            work.segments, state.meta, position, seen,
+            q_digits, terms, powers, flags, part, stat,
+            mask_b, mask_t, slots, blocks, groups, layout.max_pages, H=heads,
+            num_warps=launch.pages_warps, num_stages=launch.pages_stages,
+        )  # fmt: skip
+
+    def merge() -> None:
+        made.merge[(groups * spec.group * tokens,)](
+            out, work.first, part, stat, exact_part, exact_stat,
+            state.value_back, state.value_grid, state.value_plan, H=heads,
+            num_warps=launch.merge_warps,
+        )  # fmt: skip
+
+    return out, (prepare, pages, merge)
 
 
 def meta_of(mask: Tensor | None) -> tuple[Tensor | None, int, int, int]:
@@ -313,3 +339,11 @@ def meta_of(mask: Tensor | None) -> tuple[Tensor | None, int, int, int]:
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
     return mask, stride_b, stride_t, mask.shape[-1]
+
+
+def attend(*args: Any, **kw: Any) -> Tensor:
+    """``reference.attend`` by generated kernels; arguments as in :func:`steps`."""
+    out, launches = steps(*args, **kw)
+    for launch in launches:
+        launch()
+    return out
