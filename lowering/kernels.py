@@ -51,6 +51,8 @@ class Raw(NamedTuple):
         return Raw(move, hex(mask * both), hex(one * both), 2.0 ** (10 - bit))
 
 
+TILE_EXACT = 32  # slots of the exact region that one program attends to
+
 MASK_KINDS = {"none": 0, "bool": 1, "float": 2}
 
 
@@ -77,18 +79,32 @@ class Spec:
         return _power(self.group * self.tokens)
 
     @property
-    def tile(self) -> int:
-        """Rows of a tile."""
-        return max(16, self.rows)
+    def columns(self) -> int:
+        """Columns of a tile: the query rows, of several blocks where a page may have tokens of
+        several."""
+        layout = Layout.parse(self.layout)
+        return max(16 if layout.tracked and layout.block else 8, self.rows)
 
     @property
     def slots(self) -> int:
-        """Blocks that a tile has rows for."""
-        return self.tile // self.rows
+        """Blocks that a tile has columns for."""
+        return self.columns // self.rows
 
 
 def _power(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
+
+
+def tile_tokens(layout: Layout, tier: int) -> int:
+    """Slots of a page that are read at once."""
+    digits = layout.tiers[tier]
+    most = 64 if max(digits) <= 32 * DIGITS_PER_WORD else 32
+    return min(most, _power(layout.capacity[tier], 16))
+
+
+def tile_sizes(layout: Layout) -> list[int]:
+    """:func:`tile_tokens` of every tier."""
+    return [tile_tokens(layout, tier) for tier in range(len(layout.tiers))]
 
 
 def _tiers(layout: Layout) -> list[dict[str, Any]]:
@@ -97,34 +113,22 @@ def _tiers(layout: Layout) -> list[dict[str, Any]]:
     for index, digits in enumerate(layout.tiers):
         kw, vw = digits.key // DIGITS_PER_WORD, digits.value // DIGITS_PER_WORD
         kp, vp = _power(kw, 16), _power(vw, 16)
-        capacity = layout.capacity[index]
-        tok = _power(capacity, 16)
-        offsets = {name: field.offset for name, field in layout.fields[index].items()}
+        capacity, tok = layout.capacity[index], tile_tokens(layout, index)
         first = layout.digits_before(index)
-        slot = f"n < {capacity}" if capacity < tok else ""
-
-        def when(words: int, padded: int, slot: str = slot) -> str:
-            column = "kw" if padded else "vw"
-            limits = [f"({slot})[:, None]"] if slot else []
-            if words < (kp if padded else vp):
-                limits.append(f"({column} < {words})[None, :]")
-            return f", mask={' & '.join(limits)}, other=0" if limits else ""
-
         found.append(
             {
-                **offsets,
+                **{name: field.offset for name, field in layout.fields[index].items()},
                 "kw": kw,
                 "vw": vw,
                 "kp": kp,
                 "vp": vp,
                 "cap": capacity,
                 "tok": tok,
+                "parts": -(-capacity // tok),
+                "ragged": capacity % tok > 0,
                 "key_first": first.key,
                 "value_first": first.value,
                 "query_first": queries,
-                "if_slot": f", mask={slot}, other=0" if slot else "",
-                "if_key": when(kw, 1),
-                "if_value": when(vw, 0),
             }
         )
         queries += 8 * kp
@@ -138,6 +142,7 @@ def _names(spec: Spec) -> dict[str, Any]:
     rows = spec.rows
     exact = EXACT_DTYPES[layout.dtype]
     digits = layout.digits_before(len(layout.tiers))
+    tiles = -(-(layout.sinks + layout.ring + spec.tokens) // TILE_EXACT)
     raw = [Raw.of(digit) for digit in range(DIGITS_PER_WORD)]
     return {
         "about": ", ".join(f"{k}={v}" for k, v in asdict(spec).items()),
@@ -147,14 +152,15 @@ def _names(spec: Spec) -> dict[str, Any]:
         "T": spec.tokens,
         "R": spec.group * spec.tokens,
         "RP": rows,
-        "M": spec.tile,
+        "RN": spec.columns,
+        "RE": max(16, rows),
+        "NE": tiles,
+        "NEP": _power(tiles),
         "SLOTS": spec.slots,
         "BB": max(1, 64 // rows) if layout.block else 1,
-        "NR": 32 if layout.head_dim > 32 else 16,
         "NV": max(8 * tier["vp"] for tier in tiers),
-        "NS": 128,
-        "NC": 32,
-        "TE": 32,
+        "NC": min(128, *(8 * tier["vp"] for tier in tiers)),
+        "TE": TILE_EXACT,
         "TOP": 12,
         "tiers": tiers,
         "n_tiers": len(tiers),
@@ -173,7 +179,7 @@ def _names(spec: Spec) -> dict[str, Any]:
         "MASK": MASK_KINDS[spec.mask],
         "FMIN": spec.mask_min,
         "LOG2E": math.log2(math.e),
-        "PRECISE": "tf32x3" if exact == torch.float32 else "tf32x3",
+        "PRECISE": "tf32x3" if exact == torch.float32 else "tf32",
         "QUICK": "tf32",
         "RAW": spec.raw,
         "raw": raw,
@@ -241,7 +247,8 @@ class Launch:
     pages_warps: int = 1
     pages_stages: int = 4
     prepare_warps: int = 4
-    merge_warps: int = 4
+    merge_warps: int = 8
+    merge_segments: int = 0
 
 
 def steps(
@@ -272,24 +279,26 @@ def steps(
     if work is None:
         coded = state.meta[None, :, CODED]
         work = work_of(
-            state.table[None], state.pool, state.info, coded, layout, spec.slots, programs
-        )
+            state.table[None], state.pool, state.info, coded, layout, spec.slots,
+            tile_sizes(layout), programs,
+        )  # fmt: skip
     names = _names(spec)
     rows = spec.rows
     device = q.device
     blocks = (layout.max_coded - 1) // layout.block + 1 if layout.block else 1
     blocks = max(1, blocks)
     chunks = -(-blocks // names["BB"])
-    tiers = len(layout.tiers)
+    n_tiers = len(layout.tiers)
     width = sum(8 * tier["kp"] for tier in names["tiers"])
     empty = torch.empty
     f32, f16 = torch.float32, torch.float16
     q_digits = empty(groups * blocks * rows * width, dtype=f16, device=device)
-    terms = empty(tiers * groups * blocks * rows * 2, dtype=f32, device=device)
-    powers = empty(tiers * groups, dtype=f32, device=device)
+    terms = empty(n_tiers * groups * blocks * rows * 2, dtype=f32, device=device)
+    powers = empty(n_tiers * groups, dtype=f32, device=device)
     flags = empty(groups * blocks if mask is not None else 1, dtype=torch.int8, device=device)
-    exact_part = empty(groups * rows * dim, dtype=f32, device=device)
-    exact_stat = empty(groups * rows * 2, dtype=f32, device=device)
+    tiles = names["NE"]
+    exact_part = empty(groups * tiles * rows * dim, dtype=f32, device=device)
+    exact_stat = empty(groups * tiles * rows * 2, dtype=f32, device=device)
     segments = work.segments.shape[-2]
     part = empty(segments * rows * names["NV"], dtype=f32, device=device)
     stat = empty(segments * rows * 2, dtype=f32, device=device)
@@ -300,18 +309,18 @@ def steps(
         seen = flags
 
     def prepare() -> None:
-        made.prepare[(groups * (1 + chunks * tiers),)](
+        made.prepare[(groups * (tiles + chunks),)](
             q, k, v, seen, position, state.meta, state.exact_keys, state.exact_values, state.turn,
             state.key_back, state.key_grid, state.key_plan,
             q_digits, terms, powers, flags, exact_part, exact_stat,
             q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
             v.stride(0), v.stride(1), v.stride(2), mask_b, mask_t,
-            slots, blocks, chunks, groups, scale, H=heads, num_warps=launch.prepare_warps,
+            slots, blocks, groups, scale, H=heads, num_warps=launch.prepare_warps,
         )  # fmt: skip
 
     def pages() -> None:
         made.pages[(segments,)](
-            state.pool, state.pool.view(torch.int16), state.info, state.table, work.visits,
+            state.pool, state.pool.view(torch.int16), state.table, work.visits,
             work.segments, state.meta, position, seen,
             q_digits, terms, powers, flags, part, stat,
             mask_b, mask_t, slots, blocks, groups, layout.max_pages, H=heads,
@@ -322,6 +331,7 @@ def steps(
         made.merge[(groups * spec.group * tokens,)](
             out, work.first, part, stat, exact_part, exact_stat,
             state.value_back, state.value_grid, state.value_plan, H=heads,
+            NS=launch.merge_segments or _power(min(128, max(16, -(-segments // groups)))),
             num_warps=launch.merge_warps,
         )  # fmt: skip
 

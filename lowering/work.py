@@ -8,6 +8,7 @@ and whatever tiers their pages have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ from .state import BASE, KIND, PER_TIER
 
 
 class Work(NamedTuple):
-    """``visits`` [n, 2] int32: page, first block. ``segments`` [layers, programs + K, 4] int32:
+    """``visits`` [n, 4] int32: page; its first slot here, and ``PER_TIER`` times how many; the i
+    before it; the block of the first columns. ``segments`` [layers, programs + K, 4] int32:
     group, tier, first visit, visits. ``first`` [layers, K + 1] int32: the first segment of
-    every (group, tier), K of them. Without tracked pages a visit is a page of its group."""
+    every (group, tier), K of them. Without tracked pages a visit is a tile of a page of its group."""
 
     visits: Tensor
     segments: Tensor
@@ -29,39 +31,54 @@ class Work(NamedTuple):
 
 
 def visits_of(
-    table: Tensor, pool: Tensor, info: Tensor, layout: Layout, slots: int
+    table: Tensor, pool: Tensor, info: Tensor, layout: Layout, slots: int, tile: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Visits of tracked pages in the order of ``table`` [layers, B, H, max_pages], and how many
     there are of each layer, group and tier [layers, B * H * tiers].
 
-    ``slots``: blocks that a tile has rows for. Waits for the device.
+    ``slots``: blocks that a tile has columns for; ``tile``: page slots it takes, of each tier.
+    Waits for the device.
     """
     layers = table.shape[0]
     flat = table.flatten(1)
+    device, tiers = table.device, len(layout.tiers)
     groups = flat.shape[1] // table.shape[-1]
     layer, place = (flat >= 0).nonzero(as_tuple=True)
     page = flat[layer, place].long()
     kind = info[page, KIND].long()
     tier, used = kind // PER_TIER, kind % PER_TIER
-    low = torch.zeros_like(page)
-    high = torch.zeros_like(page)
-    if layout.block:
-        base = info[page, BASE].long()
-        for t, capacity in enumerate(layout.capacity):
-            mine = (tier == t).nonzero().squeeze(1)
-            gap = page_records(pool[page[mine]], layout, t)["gap"].squeeze(-1).long()
-            live = torch.arange(capacity, device=page.device) < used[mine, None]
-            low[mine] = base[mine] + gap[:, 0]
-            high[mine] = base[mine] + (gap * live).sum(1)
-        low, high = low // layout.block, high // layout.block
-    times = (high - low) // slots + 1
-    bins = (layer * groups + place // table.shape[-1]) * len(layout.tiers) + tier
-    count = torch.zeros(layers * groups * len(layout.tiers), dtype=torch.long, device=page.device)
-    count.index_add_(0, bins, times)
-    again = torch.arange(int(times.sum()), device=page.device)
-    again = again - (times.cumsum(0) - times).repeat_interleave(times)
-    block = low.repeat_interleave(times) + again * slots
-    visits = torch.stack([page.repeat_interleave(times), block], 1).int()
+    rows, keys = [], []
+    for t, capacity in enumerate(layout.capacity):
+        mine = (tier == t).nonzero().squeeze(1)
+        gap = page_records(pool[page[mine]], layout, t)["gap"].squeeze(-1).long()
+        i = info[page[mine], BASE, None].long() + gap.cumsum(1)
+        for first in range(0, capacity, tile[t]):
+            count = (used[mine] - first).clamp(0, tile[t])
+            there = count.nonzero().squeeze(1)
+            count, where = count[there], mine[there]
+            low = i[there, first]
+            base = low - gap[there, first]
+            high = i[there, first + count - 1]
+            if layout.block == 0:
+                low, high = torch.zeros_like(low), torch.zeros_like(high)
+            else:
+                low, high = low // layout.block, high // layout.block
+            times = (high - low) // slots + 1
+            again = torch.arange(int(times.sum()), device=device)
+            again = again - (times.cumsum(0) - times).repeat_interleave(times)
+            part = [page[where], first + count * PER_TIER, base, low]
+            visit = torch.stack(part, 1).repeat_interleave(times, 0)
+            visit[:, 3] += again * slots
+            rows.append(visit)
+            key = layer[where] * groups * table.shape[-1] + place[where]
+            keys.append(key.repeat_interleave(times))
+    key, visits = torch.cat(keys), torch.cat(rows)
+    order = key.argsort(stable=True)
+    visits = visits[order].int()
+    bins = key[order] // table.shape[-1] * tiers
+    bins += (info[visits[:, 0].long(), KIND] // PER_TIER).long()
+    count = torch.zeros(layers * groups * tiers, dtype=torch.long, device=device)
+    count.index_add_(0, bins, torch.ones_like(bins))
     return visits, count.view(layers, -1)
 
 
@@ -97,30 +114,38 @@ def segments_of(
     return torch.stack(rows, -1).int(), first.int()
 
 
-def visit_weight(layout: Layout, device: torch.device) -> Tensor:
-    """[tiers] cost of a visit: the digits of a page."""
-    sizes = [c * (d.key + d.value + 64) for c, d in zip(layout.capacity, layout.tiers, strict=True)]
+def visit_weight(layout: Layout, tile: Sequence[int], device: torch.device) -> Tensor:
+    """[tiers] cost of a visit: the digits of a tile."""
+    sizes = [c * (d.key + d.value + 64) for c, d in zip(tile, layout.tiers, strict=True)]
     return torch.tensor(sizes, dtype=torch.float64, device=device)
 
 
 def work_of(
-    table: Tensor, pool: Tensor, info: Tensor, coded: Tensor, layout: Layout, slots: int, programs: int
+    table: Tensor,
+    pool: Tensor,
+    info: Tensor,
+    coded: Tensor,
+    layout: Layout,
+    slots: int,
+    tile: Sequence[int],
+    programs: int,
 ) -> Work:
     """The work of some layers.
 
     Args:
         table: [layers, B, H, max_pages]; pool, info: as in ``State``.
         coded: [layers, B] tokens in pages of each row.
-        slots: blocks that a tile has rows for (tracked pages).
+        slots: blocks that a tile has columns for (tracked pages).
+        tile: page slots that a tile takes, of each tier.
         programs: segments wanted of each layer.
     """
     layers, batch, heads, _ = table.shape
     if layout.tracked:
-        visits, count = visits_of(table, pool, info, layout, slots)
+        visits, count = visits_of(table, pool, info, layout, slots, tile)
         start = (count.flatten().cumsum(0) - count.flatten()).view_as(count)
     else:
-        visits = torch.zeros(1, 2, dtype=torch.int32, device=table.device)
-        pages = coded.to(table.device) // layout.page_tokens
+        visits = torch.zeros(1, 4, dtype=torch.int32, device=table.device)
+        pages = coded.to(table.device) // layout.page_tokens * -(-layout.page_tokens // tile[0])
         count = pages[:, :, None].expand(layers, batch, heads).reshape(layers, -1)
         start = torch.zeros_like(count)
-    return Work(visits, *segments_of(count, start, visit_weight(layout, table.device), programs))
+    return Work(visits, *segments_of(count, start, visit_weight(layout, tile, table.device), programs))
