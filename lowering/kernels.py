@@ -61,6 +61,7 @@ class Spec:
     """Everything that generated source depends on.
 
     ``layout``: its key. ``group``: query heads of a kv head; ``tokens``: of a forward.
+    ``least``: columns of a tile at least.
     ``mask``: none, bool or float; ``mask_min``: what hides in a float mask. ``raw``: unpack with
     inline assembly (sm_80 and later); else with shifts and conversions, which also run in Triton's
     interpreter.
@@ -72,6 +73,7 @@ class Spec:
     mask: str = "none"
     mask_min: float = 0.0
     raw: bool = False
+    least: int = 8  # columns of a tile
 
     @property
     def rows(self) -> int:
@@ -82,8 +84,7 @@ class Spec:
     def columns(self) -> int:
         """Columns of a tile: the query rows, of several blocks where a page may have tokens of
         several."""
-        layout = Layout.parse(self.layout)
-        return max(16 if layout.tracked and layout.block else 8, self.rows)
+        return max(self.least, self.rows)
 
     @property
     def slots(self) -> int:
@@ -180,7 +181,6 @@ def _names(spec: Spec) -> dict[str, Any]:
         "FMIN": spec.mask_min,
         "LOG2E": math.log2(math.e),
         "PRECISE": "tf32x3" if exact == torch.float32 else "tf32",
-        "QUICK": "tf32",
         "RAW": spec.raw,
         "raw": raw,
         "centre": [CENTRE + (x.offset if spec.raw else 0.0) for x in raw],
