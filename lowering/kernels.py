@@ -74,6 +74,7 @@ class Spec:
     mask_min: float = 0.0
     raw: bool = False
     least: int = 8  # columns of a tile
+    rows_prepare: int = 64
 
     @property
     def rows(self) -> int:
@@ -158,7 +159,7 @@ def _names(spec: Spec) -> dict[str, Any]:
         "NE": tiles,
         "NEP": _power(tiles),
         "SLOTS": spec.slots,
-        "BB": max(1, 64 // rows) if layout.block else 1,
+        "BB": max(1, spec.rows_prepare // rows) if layout.block else 1,
         "NV": max(8 * tier["vp"] for tier in tiers),
         "NC": min(128, *(8 * tier["vp"] for tier in tiers)),
         "TE": TILE_EXACT,
@@ -249,6 +250,7 @@ class Launch:
     prepare_warps: int = 4
     merge_warps: int = 8
     merge_segments: int = 0
+    maxnreg: int | None = None
 
 
 def steps(
@@ -265,13 +267,14 @@ def steps(
     programs: int = 1056,
     raw: bool = False,
     launch: Launch | None = None,
+    spec: Spec | None = None,
 ) -> tuple[Tensor, tuple[Callable[[], None], ...]]:
     """``attend`` by generated kernels: what will be the result, and the launches that make it.
 
     Arguments as in ``reference.attend``. ``work``: of this layer alone; made here where it is None.
     """
     launch = launch or Launch()
-    spec = spec_of(q, k, mask, layout.key, raw)
+    spec = spec or spec_of(q, k, mask, layout.key, raw)
     made = module(spec)
     batch, q_heads, tokens, dim = q.shape
     heads = k.shape[1]
@@ -324,7 +327,7 @@ def steps(
             work.segments, state.meta, position, seen,
             q_digits, terms, powers, flags, part, stat,
             mask_b, mask_t, slots, blocks, groups, layout.max_pages, H=heads,
-            num_warps=launch.pages_warps, num_stages=launch.pages_stages,
+            num_warps=launch.pages_warps, num_stages=launch.pages_stages, maxnreg=launch.maxnreg,
         )  # fmt: skip
 
     def merge() -> None:
