@@ -75,6 +75,7 @@ class Spec:
     raw: bool = False
     least: int = 8  # columns of a tile
     rows_prepare: int = 64
+    chained: bool = False  # launched before the kernel before it has ended
 
     @property
     def rows(self) -> int:
@@ -163,7 +164,7 @@ def _names(spec: Spec) -> dict[str, Any]:
         "NV": max(8 * tier["vp"] for tier in tiers),
         "NC": min(128, *(8 * tier["vp"] for tier in tiers)),
         "TE": TILE_EXACT,
-        "TOP": 12,
+        "wait": "tl.extra.cuda.gdc_wait()" if spec.chained else "",
         "tiers": tiers,
         "n_tiers": len(tiers),
         "key_digits": digits.key,
@@ -297,7 +298,7 @@ def steps(
     f32, f16 = torch.float32, torch.float16
     q_digits = empty(groups * blocks * rows * width, dtype=f16, device=device)
     terms = empty(n_tiers * groups * blocks * rows * 2, dtype=f32, device=device)
-    powers = empty(n_tiers * groups, dtype=f32, device=device)
+    powers = empty(groups, dtype=f32, device=device)
     flags = empty(groups * blocks if mask is not None else 1, dtype=torch.int8, device=device)
     tiles = names["NE"]
     exact_part = empty(groups * tiles * rows * dim, dtype=f32, device=device)
@@ -311,6 +312,8 @@ def steps(
     if seen is None:
         seen = flags
 
+    chained = {"launch_pdl": True} if spec.chained else {}
+
     def prepare() -> None:
         made.prepare[(groups * (tiles + chunks),)](
             q, k, v, seen, position, state.meta, state.exact_keys, state.exact_values, state.turn,
@@ -318,7 +321,7 @@ def steps(
             q_digits, terms, powers, flags, exact_part, exact_stat,
             q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
             v.stride(0), v.stride(1), v.stride(2), mask_b, mask_t,
-            slots, blocks, groups, scale, H=heads, num_warps=launch.prepare_warps,
+            slots, blocks, groups, scale, H=heads, num_warps=launch.prepare_warps, **chained,
         )  # fmt: skip
 
     def pages() -> None:
@@ -327,7 +330,7 @@ def steps(
             work.segments, state.meta, position, seen,
             q_digits, terms, powers, flags, part, stat,
             mask_b, mask_t, slots, blocks, groups, layout.max_pages, H=heads,
-            num_warps=launch.pages_warps, num_stages=launch.pages_stages, maxnreg=launch.maxnreg,
+            num_warps=launch.pages_warps, num_stages=launch.pages_stages, maxnreg=launch.maxnreg, **chained,
         )  # fmt: skip
 
     def merge() -> None:
@@ -335,7 +338,7 @@ def steps(
             out, work.first, part, stat, exact_part, exact_stat,
             state.value_back, state.value_grid, state.value_plan, H=heads,
             NS=launch.merge_segments or _power(min(128, max(16, -(-segments // groups)))),
-            num_warps=launch.merge_warps,
+            num_warps=launch.merge_warps, **chained,
         )  # fmt: skip
 
     return out, (prepare, pages, merge)

@@ -186,11 +186,10 @@ def shared_digits(head_dim: int) -> tuple[list[Digits], int]:
     unit_bytes = 2 * head_dim // 4 + overhead
     found: list[Digits] = []
     unit = 0
-    if head_dim >= 128:  # rows of 8 or 16 bytes, which a GPU copies at once
-        for halves in SHARED_TIERS:
-            words = round(2 * head_dim / 8 / halves / 4) * 4
-            found.append(Digits(8 * words, 8 * words))
-        return found, SHARED_TIERS.index(2)
+    if head_dim % 128 == 0:
+        # Rows of whole 16 bytes, which a GPU copies at once, and few tiers: for each, it takes the
+        # queries of every block through the frame.
+        return [Digits(n, n) for n in (head_dim // 2, head_dim, 2 * head_dim)], 1
     for halves in SHARED_TIERS:
         words = int((unit_bytes * 2 / halves - overhead) // 2)  # of eight digits, both sides
         key = max(1, (words + 1) // 2)
