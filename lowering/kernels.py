@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -37,6 +38,7 @@ class Raw(NamedTuple):
     mask: str
     one: str
     offset: float
+    minus: str  # of the offset and the centre of a digit
 
     @staticmethod
     def of(digit: int) -> Raw:
@@ -48,7 +50,9 @@ class Raw(NamedTuple):
         mask, one = 3 << bit, exponent << 10
         both = 0x10001
         move = move if shift else "mov.b32 a, $1;"
-        return Raw(move, hex(mask * both), hex(one * both), 2.0 ** (10 - bit))
+        offset = 2.0 ** (10 - bit)
+        (minus,) = struct.unpack("<H", struct.pack("<e", -offset - CENTRE))
+        return Raw(move, hex(mask * both), hex(one * both), offset, hex(minus * both))
 
 
 TILE_EXACT = 32  # slots of the exact region that one program attends to
@@ -165,6 +169,7 @@ def _names(spec: Spec) -> dict[str, Any]:
         "NC": min(128, *(8 * tier["vp"] for tier in tiers)),
         "TE": TILE_EXACT,
         "wait": "tl.extra.cuda.gdc_wait()" if spec.chained else "",
+        "early": "tl.extra.cuda.gdc_launch_dependents()" if spec.chained else "",
         "tiers": tiers,
         "n_tiers": len(tiers),
         "key_digits": digits.key,
