@@ -23,15 +23,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import reference
+from . import kernels, reference
 from .errors import SkvError
 from .layout import Layout
 from .state import State
+from .work import Work
 
 _BASIS = ("into", "back", "grid", "plan")
 _FRAMES = [f"{side}_{part}" for side in ("key", "value") for part in _BASIS] + ["loss"]
 _EXACT = ("exact_keys", "exact_values", "queries", "meta")
-_REST = ("pool", "info", "table", "turn", *_FRAMES)
+_REST = ("pool", "info", "table", "visits", "segments", "first", "turn", *_FRAMES)
 assert (*_EXACT, *_REST) == State._fields
 
 
@@ -119,6 +120,22 @@ def _attend(q, k, v, mask, position, *rest) -> Tensor:
     )
 
 
+def _attend_cuda(q, k, v, mask, position, *rest) -> Tensor:
+    *tensors, causal, scale, layout_key = rest
+    state, layout = State(*tensors), Layout.parse(layout_key)
+    reason = kernels.refusal(layout, q, mask, q.shape[1] // k.shape[1])
+    # Of several tokens, the reference says what is wrong with them and does a prompt's first.
+    if reason is None and q.shape[2] > 1 and (causal or int(position[0]) == 0):
+        reason = kernels.LONG
+    if reason is None:
+        one = q.shape[2] == 1
+        work = Work(state.visits, state.segments, state.first) if one else None
+        return kernels.attend(q, k, v, mask, position, state, scale, layout, work=work)
+    if reason != kernels.LONG:
+        kernels.say(reason)
+    return reference.attend(q, k, v, mask, position, state, causal, scale, layout)
+
+
 def _retain(q, position, queries, meta, layout) -> None:
     reference.retain(q, position, queries, meta, Layout.parse(layout))
 
@@ -163,6 +180,7 @@ for _name, _function in _IMPLEMENTATIONS.items():
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
     if _name not in ("slots", "attend"):
         torch.library.register_fake(f"skv::{_name}", _nothing, lib=_lib)
+_lib.impl("attend", _attend_cuda, "CUDA")
 
 
 @torch.library.register_fake("skv::slots", lib=_lib)

@@ -44,6 +44,8 @@ class State(NamedTuple):
     ``pool`` [pages, page_bytes] uint8 and ``info`` [pages, 2] int32: pages of all layers.
     ``table`` [B, H, max_pages] int32: which are whose, in the order of their tokens within a
     tier; -1 is none.
+    ``visits``, ``segments``, ``first``: what each program of a GPU kernel goes through
+    (``work.Work``), made of ``table`` between steps; empty elsewhere.
     ``turn`` [2, D]: plan of the rotary turn, empty where the layout has no blocks.
     The frame tensors (``codes.Basis``) are constant while tokens are stored (empty for an exact
     layout); ``loss`` [H, 4, tiers] is what coding in them loses (``calibrate.fit_frames``).
@@ -56,6 +58,9 @@ class State(NamedTuple):
     pool: Tensor
     info: Tensor
     table: Tensor
+    visits: Tensor
+    segments: Tensor
+    first: Tensor
     turn: Tensor
     key_into: Tensor
     key_back: Tensor

@@ -23,7 +23,8 @@ class Work(NamedTuple):
     """``visits`` [n, 4] int32: page; its first slot here, and ``PER_TIER`` times how many; the i
     before it; the block of the first columns. ``segments`` [layers, programs + K, 4] int32:
     group, tier, first visit, visits. ``first`` [layers, K + 1] int32: the first segment of
-    every (group, tier), K of them. Without tracked pages a visit is a tile of a page of its group."""
+    every (group, tier), K of them. Without tracked pages a visit is a tile of a page of its group.
+    """
 
     visits: Tensor
     segments: Tensor
@@ -148,4 +149,5 @@ def work_of(
         pages = coded.to(table.device) // layout.page_tokens * -(-layout.page_tokens // tile[0])
         count = pages[:, :, None].expand(layers, batch, heads).reshape(layers, -1)
         start = torch.zeros_like(count)
-    return Work(visits, *segments_of(count, start, visit_weight(layout, tile, table.device), programs))
+    weight = visit_weight(layout, tile, table.device)
+    return Work(visits, *segments_of(count, start, weight, programs))

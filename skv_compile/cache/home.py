@@ -48,7 +48,7 @@ def make_keeper(
         budget -= layers * exact_bytes(layout, batch, heads, group) + known.bytes
         budget -= frame_bytes(layout, heads, layers, config.frame is not None)
     pages = None if policy is None else rule.pool_pages(budget)
-    pool = Pool(layers, batch, heads, layout, pages, device)
+    pool = Pool(layers, batch, heads, layout, pages, device, group)
     return Keeper(pool, policy, known, rule)
 
 

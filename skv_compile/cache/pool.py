@@ -13,6 +13,7 @@ from ..lowering.layout import GAP_FILLER, Layout
 from ..lowering.reference.pages import Records, page_bytes, page_records, page_tokens
 from ..lowering.state import KIND, PER_TIER
 from ..retention.tokens import Content, Tokens, in_order, ranks
+from .schedule import Schedule
 
 #: Fields that say what a token is, not what its vectors are.
 ABOUT = ("gap", "score", "key_radius", "value_radius")
@@ -28,7 +29,7 @@ class Pool:
         layers, batch, heads: what the groups are made of.
         layout: of every layer.
         pages: how many there are; None for all that ``layout.max_tokens`` can need.
-        device: where.
+        device: where. group: query heads of a kv head.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Pool:
         layout: Layout,
         pages: int | None,
         device: torch.device,
+        group: int = 1,
     ) -> None:
         self.layers, self.batch, self.heads = layers, batch, heads
         self.layout, self.device = layout, device
@@ -57,10 +59,13 @@ class Pool:
             self.info[:, 1] = layout.page_tokens
             self._free, self.free = self._free.new_empty(0), 0
 
+        self.schedule = Schedule(layers, batch, heads, group, layout, self.pages, device)
+
     @property
     def bytes(self) -> int:
-        """Bytes of the pages, of what describes them, and of the lists of them."""
-        return sum(x.nbytes for x in (self.memory, self.info, self.table, self._free))
+        """Bytes of the pages, of what describes them, and of the lists of them and of work."""
+        own = sum(x.nbytes for x in (self.memory, self.info, self.table, self._free))
+        return own + self.schedule.bytes
 
     @property
     def used(self) -> int:
@@ -86,6 +91,7 @@ class Pool:
         index = torch.tensor(layers, device=self.device)
         table = self.table[index]
         pages = table[table >= 0]
+        self.schedule.stale = self.schedule.used
         self._free[self.free : self.free + len(pages)] = pages
         self.free += len(pages)
         self.table[index] = -1
@@ -134,6 +140,7 @@ class Pool:
 
     def write(self, content: Content) -> None:
         """Make these the tokens of their groups, which must not have pages."""
+        self.schedule.stale = self.schedule.used
         layout, starts = self.layout, []
         for tier, (tokens, records) in enumerate(zip(content.tokens, content.records, strict=True)):
             if len(tokens) == 0:

@@ -22,6 +22,7 @@ from ..lowering.state import (
     raise_flags,
     ring_tokens,
 )
+from ..lowering.work import Work
 from ..retention.keeper import Keeper
 from .home import make_keeper
 
@@ -89,6 +90,7 @@ class LayerState:
             pool.memory,
             pool.info,
             pool.table[self.index],
+            *pool.schedule.of(self.index),
             turn.to(device) if layout.block and turn is not None else empty,
             *self._frames(),
         )
@@ -314,6 +316,6 @@ class LayerState:
 
 
 #: Places in ``State`` of what all layers share, or have a part of.
-SHARED = {State._fields.index(name) for name in ("pool", "info", "table")}
+SHARED = {State._fields.index(name) for name in (*Work._fields, "pool", "info", "table")}
 
 __all__ = ["SHARED", "LayerState", "Undo"]

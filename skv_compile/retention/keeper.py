@@ -58,10 +58,15 @@ class Keeper:
         if self._ahead + tokens > stride:
             self._ahead = self.maintain()
         self._ahead = min(stride, self._ahead + tokens)
+        if tokens == 1 and self.pool.schedule.stale:
+            coded = torch.stack([s.meta[:, CODED] for s in self.states])
+            pool = self.pool
+            pool.schedule.refresh(pool.table[: len(coded)], pool.memory, pool.info, coded)
 
     def forget(self, layer: int) -> None:
         """Drop every token of a layer."""
         self.pool.release([layer])
+        self._changed()
         self.judge.forget(layer)
         self._ahead = self.layout.stride
 
@@ -109,6 +114,11 @@ class Keeper:
         for layer in due:
             meta = self.states[layer].meta
             meta[:, CODED] = self._end(meta)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Say that other tokens are in pages than when the work of the kernels was listed."""
+        self.pool.schedule.stale = self.pool.schedule.used
 
     def _coded(self, meta: Tensor, due: bool) -> int:
         return int((self._end(meta) if due else meta[:, CODED]).sum())
@@ -160,6 +170,7 @@ class Keeper:
         if layer <= self._last_layer:  # a new forward
             self._memo, self._arriving = {ARRIVING: True}, Arriving(self.heads)
         self._last_layer, self._ahead = layer, layout.stride
+        self._changed()
         n = int((found.new_coded - found.coded).max())
         if n > 0:
             sources = Sources(k, v, state.exact_keys, state.exact_values, found, layout)
@@ -239,6 +250,7 @@ class Keeper:
 
     def drop_after(self, layer: int, end: Tensor) -> None:
         """Drop a layer's coded tokens i >= end [B]."""
+        self._changed()
         if not self.layout.tracked:
             return
         tokens = self._tokens([layer])
@@ -256,6 +268,7 @@ class Keeper:
         """Let the pages of row n be those of row ``rows[n]`` of another keeper, or of itself."""
         pool, theirs = self.pool, source.pool
         self._ahead = self.layout.stride
+        self._changed()
         for n in range(source.heads.groups // (source.heads.batch * source.heads.heads)):
             self.judge.copy(source.judge, n, rows)
         if not self.layout.tracked:

@@ -72,7 +72,17 @@ def state(bases, layout: Layout, length: int = 0) -> State:
     meta = torch.tensor([[0, length, 0, 0]])
     table = number.view(1, 2, -1)
     return State(
-        *exact, EMPTY, meta, pool, info, table, plan_of(layout), *bases[0], *bases[1], EMPTY
+        *exact,
+        EMPTY,
+        meta,
+        pool,
+        info,
+        table,
+        *[EMPTY] * 3,
+        plan_of(layout),
+        *bases[0],
+        *bases[1],
+        EMPTY,
     )
 
 

@@ -69,7 +69,7 @@ def fit(data: tuple[Tensor, Tensor, Tensor], form: Layout) -> tuple[codes.Frame,
 def state(frames: tuple[codes.Frame, codes.Frame], form: Layout) -> State:
     plan = rope(form.head_dim) if form.block else EMPTY
     keys, values = (codes.Basis.of([frame]) for frame in frames)
-    return State(*[EMPTY] * 7, plan, *keys, *values, EMPTY)
+    return State(*[EMPTY] * 10, plan, *keys, *values, EMPTY)
 
 
 def pages_of(k: Tensor, v: Tensor, i: Tensor, frames, form: Layout) -> Tensor:

@@ -1,0 +1,78 @@
+"""The list of work of the GPU kernels, kept beside a pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..lowering import kernels
+from ..lowering.generate import Spec, tile_sizes
+from ..lowering.layout import EXACT_DTYPES, Layout
+from ..lowering.work import Work
+
+
+class Schedule:
+    """Buffers of a ``Work`` for all layers of a pool, at addresses that never change.
+
+    They are filled between steps, from the pages as they then are; forwards of one token read
+    them. Empty where no kernel will (another device, codec or dtype).
+
+    Args:
+        layers, batch, heads: of the pool; ``group``: query heads of a kv head.
+        layout: of every layer. ``pages``: of the pool.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        group: int,
+        layout: Layout,
+        pages: int,
+        device: torch.device,
+    ) -> None:
+        self.layout, self.group = layout, group
+        self.used = (
+            device.type == "cuda"
+            and layout.kind == "digits"
+            and EXACT_DTYPES[layout.dtype] != torch.float64
+            and group <= kernels.MOST_ROWS
+            and kernels.triton_found()
+        )
+        self.stale = self.used
+        visits = segments = bins = 0
+        if self.used:
+            spec = Spec(layout.key, group, 1)
+            bins = batch * heads * len(layout.tiers)
+            segments = kernels.programs_of(spec, device) + bins
+            if layout.tracked:
+                tiles = zip(layout.capacity, tile_sizes(layout), strict=True)
+                blocks = -(-layout.max_coded // layout.block) if layout.block else 0
+                # Pages of a (group, tier) do not overlap: beyond one visit for every tile of a
+                # page, they are as many as there are blocks.
+                visits = pages * max(-(-slots // tile) for slots, tile in tiles)
+                visits += layers * bins * (blocks // spec.slots + 1)
+        shapes = (max(visits, int(self.used)), 4), (layers, segments, 4), (layers, bins + self.used)
+        self.work = Work(*(torch.zeros(s, dtype=torch.int32, device=device) for s in shapes))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(x.nbytes for x in self.work)
+
+    def of(self, layer: int) -> Work:
+        """The buffers of one layer."""
+        return Work(self.work.visits, self.work.segments[layer], self.work.first[layer])
+
+    def refresh(self, table: Tensor, pool: Tensor, info: Tensor, coded: Tensor) -> None:
+        """Fill the buffers, if pages have changed; arguments as in ``work.work_of``."""
+        if not self.stale:
+            return
+        found = kernels.plan_work(table, pool, info, coded, self.layout, self.group)
+        assert found.visits.shape[0] <= self.work.visits.shape[0]
+        self.work.visits[: found.visits.shape[0]].copy_(found.visits)
+        layers = len(table)
+        self.work.segments[:layers].copy_(found.segments)
+        self.work.first[:layers].copy_(found.first)
+        self.stale = False
