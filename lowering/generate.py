@@ -229,7 +229,8 @@ def module(spec: Spec) -> ModuleType:
         partial.write_text(text)
         partial.replace(path)
     found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
+    assert found is not None
+    assert found.loader is not None
     made = importlib.util.module_from_spec(found)
     found.loader.exec_module(made)
     return made

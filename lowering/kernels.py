@@ -138,7 +138,7 @@ def steps(
     spec = spec or spec_of(q, k, mask, layout.key, raw)
     launch = launch or Launch.of(spec)
     made, names = module(spec), names_of(spec)
-    (batch, q_heads, tokens, dim), heads = q.shape, k.shape[1]
+    (batch, heads, _, dim), tokens = k.shape, q.shape[2]
     groups, rows, tiles = batch * heads, spec.rows, names["NE"]
     if work is None:
         one = (state.table[None], state.pool, state.info, state.meta[None, :, CODED], layout)

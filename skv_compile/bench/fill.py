@@ -1,0 +1,65 @@
+"""Caches that look like those of a long prompt, without running one: random codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..cache.state import LayerState
+from ..lowering.state import CODED, LENGTH
+from ..retention.tokens import Content, Tokens
+
+#: Of all coded tokens, the share in each tier, and dropped: what rdr made of six documents at
+#: 1.125 bits (benchmarks/results/retention.json), tiers between the coarsest, the middle and the
+#: finest counted with their neighbours.
+SHARES = (0.475, 0.15, 0.04)
+
+
+def fill(states: Sequence[LayerState], tokens: int, shares: Sequence[float] = SHARES) -> None:
+    """Let layers of one pool hold ``tokens`` random tokens a row.
+
+    ``shares``: of the coded tokens, in each tier where pages are tracked; the rest is dropped.
+    More than the pool holds raises CacheStateError.
+    """
+    pool, layout = states[0].keeper.pool, states[0].layout
+    device = pool.device
+    coded = max(0, tokens - layout.sinks - layout.recent) // layout.stride * layout.stride
+    for state in states:
+        t = state.tensors
+        t.exact_keys.normal_()
+        t.exact_values.normal_()
+        t.meta[:, LENGTH], t.meta[:, CODED] = tokens, coded
+        if state.counter is not None:
+            state.counter.fill_(tokens)
+    pool.schedule.stale = pool.schedule.used
+    if not layout.tracked:
+        pool.memory.random_(0, 256)
+        for name, field in layout.fields[0].items():
+            if name.endswith("radius"):
+                pool.memory[:, field.slice] = _bytes(pool.pages, field.size, device, True)
+        return
+    groups = pool.layers * pool.batch * pool.heads
+    edges = torch.tensor(list(shares), device=device).cumsum(0)
+    found: list[list[Tokens]] = [[] for _ in layout.tiers]
+    for group in range(groups):
+        tier = torch.bucketize(torch.rand(coded, device=device), edges)
+        for n in range(len(layout.tiers)):
+            i = (tier == n).nonzero().squeeze(1)
+            one = torch.ones(len(i), device=device)
+            alike = torch.full_like(i, group), i, torch.full_like(i, n + 1)
+            found[n].append(Tokens(*alike, one, one, one, torch.zeros_like(i, dtype=torch.bool)))
+    tokens_of = [Tokens.cat(parts) for parts in found]
+    records = [
+        {
+            name: _bytes(len(t), field.size // layout.capacity[n], device, "radius" in name)
+            for name, field in layout.fields[n].items()
+        }
+        for n, t in enumerate(tokens_of)
+    ]
+    pool.write(Content(tokens_of, records))
+
+
+def _bytes(n: int, width: int, device: torch.device, radius: bool) -> torch.Tensor:
+    low, high = (110, 140) if radius else (0, 256)
+    return torch.randint(low, high, (n, width), device=device, dtype=torch.uint8)
