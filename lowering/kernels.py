@@ -74,6 +74,12 @@ def refusal(layout: Layout, q: Tensor, mask: Tensor | None, group: int) -> str |
     return None
 
 
+def one_token(x: Tensor) -> bool:
+    """Whether a forward of keys or queries [B, H, T, D] has kernels to store what it brings."""
+    off = os.environ.get(SWITCH) == "reference"
+    return x.shape[2] == 1 and x.dtype != torch.float64 and triton_found() and not off
+
+
 LONG = "many query rows"  # turning keys is less work then: by design, not worth a word
 
 

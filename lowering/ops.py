@@ -151,6 +151,25 @@ def _append(k, v, mask, position, exact_keys, exact_values, queries, meta, layou
     reference.append(k, v, mask, position, exact_keys, exact_values, meta, Layout.parse(layout))
 
 
+def _append_cuda(k, v, mask, position, exact_keys, exact_values, queries, meta, layout) -> None:
+    rest = (exact_keys, exact_values, meta, Layout.parse(layout))
+    if kernels.one_token(k):
+        from . import store
+
+        store.append(k, v, mask, position, *rest)
+    else:
+        reference.append(k, v, mask, position, *rest)
+
+
+def _retain_cuda(q, position, queries, meta, layout) -> None:
+    if kernels.one_token(q):
+        from . import store
+
+        store.retain(q, position, queries, meta, Layout.parse(layout))
+    else:
+        reference.retain(q, position, queries, meta, Layout.parse(layout))
+
+
 def _calibrate(q, k, v, mask, position, turn, *rest) -> None:
     *frames, layout = rest
     reference.calibrate(q, k, v, mask, position, turn, frames, Layout.parse(layout))
@@ -181,6 +200,8 @@ for _name, _function in _IMPLEMENTATIONS.items():
     if _name not in ("slots", "attend"):
         torch.library.register_fake(f"skv::{_name}", _nothing, lib=_lib)
 _lib.impl("attend", _attend_cuda, "CUDA")
+_lib.impl("append", _append_cuda, "CUDA")
+_lib.impl("retain", _retain_cuda, "CUDA")
 
 
 @torch.library.register_fake("skv::slots", lib=_lib)

@@ -78,7 +78,7 @@ def filled(
 
 
 def masks(kind: str | None, batch: int, slots: int, device: torch.device) -> Tensor | None:
-    """A causal mask [B, 1, slots, slots], rows left-padded by 5 n; ``hole`` hides 50 more tokens."""
+    """A causal mask [B, 1, slots, slots], rows left-padded by 5 n; ``hole`` hides 50 more."""
     if kind is None:
         return None
     full = torch.ones(batch, 1, slots, slots, dtype=torch.bool, device=device).tril()

@@ -30,8 +30,10 @@ OURS: dict[str, dict[str, Any]] = {
 
 def line(name: str, tokens: int, batch: int, bandwidth: float) -> dict[str, Any]:
     """Time one implementation; ``bandwidth`` in bytes a second makes the floor."""
-    make = DENSE.get(name) or (lambda *shape: _ours(name, *shape))
-    launches, size = make(tokens, batch)
+    if name in DENSE:
+        launches, size = _dense(DENSE[name], tokens, batch)
+    else:
+        launches, size = _ours(name, tokens, batch)
     found = {"name": name, "tokens": tokens, "batch": batch, "bytes": size}
     parts = launches.pop("parts", None)
     ms = milliseconds(launches["all"])
@@ -65,10 +67,7 @@ def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return F.scaled_dot_product_attention(q, k, v)
 
 
-DENSE: dict[str, Callable[[int, int], tuple[dict[str, Any], int]]] = {
-    "sdpa enable_gqa": lambda *shape: _dense(_sdpa, *shape),
-    "sdpa of repeated keys": lambda *shape: _dense(_repeated, *shape),
-}
+DENSE = {"sdpa enable_gqa": _sdpa, "sdpa of repeated keys": _repeated}
 
 
 def _ours(name: str, tokens: int, batch: int) -> tuple[dict[str, Any], int]:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from skv_compile.codec.tiers import choose_layout
 from skv_compile.config import Config
-from skv_compile.lowering import generate, kernels
+from skv_compile.lowering import generate, kernels, reference
 from skv_compile.lowering.generate import RAW_SHIFT, Raw, Spec
+from skv_compile.lowering.reference import intake
 from skv_compile.lowering.work import segments_of, visits_of
 
 pytest.importorskip("triton")
@@ -45,6 +46,53 @@ def test_a_sequence_that_begins_anew_sees_nothing_of_the_old_one():
     begin = torch.tensor([0])
     got = kernels.attend(q, k, v, None, begin, state.tensors, 0.125, state.layout, raw=False)
     torch.testing.assert_close(got, v.repeat_interleave(2, 1), rtol=1e-3, atol=1e-3)
+
+
+@interpreted
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_append_and_retain_of_one_token_equal_their_references(data):
+    from skv_compile.lowering import store
+
+    batch = data.draw(st.integers(1, 3))
+    retention = data.draw(st.sampled_from(["none", "rdr"]))
+    more = {"retention": retention, "page_tokens": 8, "recent": 12, "sinks": 4}
+    state, random = kernel_cases.filled(CPU, batch=batch, length=40, slots=64, dim=16, **more)
+    own, other = ([x.clone() for x in state.tensors[:4]] for _ in range(2))
+    for n in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.sampled_from([0, 39 + n, 40 + n, 41 + n, 63]))
+        k, v, q = random(2, 1), random(2, 1), random(4, 1)
+        if data.draw(st.integers(0, 4)) == 0:
+            k[data.draw(st.integers(0, batch - 1)), 1, 0, 3] = data.draw(
+                st.sampled_from([float("nan"), float("inf"), -float("inf")])
+            )
+        mask = None
+        kind = data.draw(st.sampled_from(["none", "bool", "float"]))
+        if kind != "none":
+            shape = (data.draw(st.sampled_from([1, batch])), 1, 1, 64)
+            mask = torch.rand(shape) > data.draw(st.sampled_from([0.0, 0.5]))
+            if kind == "float":
+                mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        position = torch.tensor([start])
+        if retention == "rdr":
+            reference.retain(q, position, own[2], own[3], state.layout)
+            store.retain(q, position, other[2], other[3], state.layout)
+        with AsOnADevice():
+            reference.append(k, v, mask, position, own[0], own[1], own[3], state.layout)
+        store.append(k, v, mask, position, other[0], other[1], other[3], state.layout)
+        for a, b in zip(own, other, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+class AsOnADevice:
+    """What the reference would raise on the CPU it flags, as on an accelerator."""
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(intake, "_raise_now", lambda *args: None)
+
+    def __exit__(self, *error):
+        self.patch.undo()
 
 
 def spec(bits: float = 2.2, retention: str = "none", dim: int = 128, group: int = 4) -> Spec:
