@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def _dense(
     for _ in range(SETS):
         k, v = (torch.randn(batch, HEADS, tokens, DIM, **like) for _ in range(2))
         size = k.nbytes + v.nbytes
-        launches.append(lambda k=k, v=v: attend(q, k, v))
+        launches.append(partial(attend, q, k, v))
     return {"all": launches}, size
 
 
@@ -68,6 +69,11 @@ def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 
 DENSE = {"sdpa enable_gqa": _sdpa, "sdpa of repeated keys": _repeated}
+
+
+def _all(steps: Sequence[Launch]) -> None:
+    for step in steps:
+        step()
 
 
 def _ours(name: str, tokens: int, batch: int) -> tuple[dict[str, Any], int]:
@@ -91,5 +97,5 @@ def _ours(name: str, tokens: int, batch: int) -> tuple[dict[str, Any], int]:
         _, steps = kernels.steps(q, k, v, None, position, t, DIM**-0.5, state.layout, work=work)
         for launches, step in zip(parts.values(), steps, strict=True):
             launches.append(step)
-        every.append(lambda steps=steps: [step() for step in steps])
+        every.append(partial(_all, steps))
     return {"all": every, "parts": parts}, size

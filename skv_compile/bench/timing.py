@@ -27,17 +27,22 @@ def milliseconds(launches: Sequence[Launch], repeat: int = 30) -> float:
     return median(graph.replay, repeat) / len(launches)
 
 
-def median(run: Launch, repeat: int) -> float:
-    """Median milliseconds of ``run``, one at a time."""
-    times = []
+def times(run: Launch, repeat: int) -> list[float]:
+    """Milliseconds of ``run`` on the device, one at a time."""
+    found = []
     for _ in range(repeat):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
+        found.append(begin.elapsed_time(end))
+    return found
+
+
+def median(run: Launch, repeat: int) -> float:
+    """Median of :func:`times`."""
+    return sorted(times(run, repeat))[repeat // 2]
 
 
 def copy_bandwidth() -> float:

@@ -8,13 +8,13 @@ from typing import Any
 from skv_compile.commands import common
 from skv_compile.commands.screen import Screen
 
-HELP = "time attention and whole decoding steps against dense caches (needs a CUDA device)"
-PARTS = ("attend", "step")
+HELP = "time attention, decoding steps and prompts against dense caches (needs a CUDA device)"
+PARTS = ("attend", "step", "prefill")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured."""
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: both")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--most", type=common.positive, metavar="N", help="longest context")
 
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     from rich import box
     from rich.table import Table
 
-    from skv_compile.bench import attend, step, timing
+    from skv_compile.bench import attend, prefill, step, timing
 
     if not torch.cuda.is_available():
         raise common.UsageError(
@@ -36,31 +36,34 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(),
         "copy_bytes_per_second": bandwidth,
     }
-    shapes = {"attend": attend.SHAPES, "step": step.SHAPES}
-    names = {
-        "attend": (*attend.DENSE, *attend.OURS),
-        "step": (step.DENSE, *step.OURS),
-    }
+    measured: dict[str, Any] = {"attend": attend, "step": step, "prefill": prefill}
+    whole = (step.DENSE, *step.OURS)
+    names = {"attend": (*attend.DENSE, *attend.OURS), "step": whole, "prefill": whole}
     for part in args.parts:
-        llama = step.model() if part == "step" else None
+        llama = () if part == "attend" else (step.model(),)
         lines: list[dict[str, Any]] = []
-        view = Table("", "tokens x batch", "ms", "times dense", "of floor", box=box.SIMPLE_HEAD)
-        for tokens, batch in shapes[part]:
+        columns = ("", "tokens x batch", "ms", "mean", "times dense", "of floor")
+        view = Table(*columns, box=box.SIMPLE_HEAD)
+        for tokens, batch in measured[part].SHAPES:
             if args.most and tokens > args.most:
                 continue
             dense = None
             for name in names[part]:
                 with screen.step(f"{part}: {name}, {tokens} x {batch}"):
-                    if llama is None:
-                        one = attend.line(name, tokens, batch, bandwidth)
-                    else:
-                        one = step.line(name, llama, tokens, batch, bandwidth)
+                    one = measured[part].line(name, *llama, tokens, batch, bandwidth)
                 torch.cuda.empty_cache()
                 dense = dense or one["ms"]
                 one["faster"] = dense / one["ms"]
                 lines.append(one)
-                row = f"{one['ms']:.4g}", f"{one['faster']:.2f}", f"{one['of_floor']:.0%}"
-                view.add_row(name, f"{tokens} x {batch}", *row)
+                mean, floor = one.get("mean_ms"), one.get("of_floor")
+                view.add_row(
+                    name,
+                    f"{tokens} x {batch}",
+                    f"{one['ms']:.4g}",
+                    f"{mean:.4g}" if mean else "",
+                    f"{one['faster']:.2f}",
+                    f"{floor:.0%}" if floor else "",
+                )
         found[part] = lines
         screen.print(view)
     return found

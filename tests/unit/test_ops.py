@@ -96,7 +96,7 @@ def test_the_schema_takes_the_state_in_its_own_order() -> None:
         names = [a.name for a in op._schema.arguments]
         begin = names.index("exact_keys")
         assert tuple(names[begin : begin + count]) == State._fields[:count]
-    assert len(State._fields) == 17
+    assert len(State._fields) == 20
 
 
 @CODECS
