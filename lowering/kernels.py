@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .generate import Spec, module, names_of, power_of_two, tile_sizes
-from .layout import EXACT_DTYPES, Layout
+from .layout import DIGITS_PER_WORD, EXACT_DTYPES, Layout
 from .state import CODED, State
 from .work import Work, work_of
 
@@ -29,7 +29,7 @@ SWITCH = "SKV_ATTEND"  # environment: "reference" turns the kernels off
 @dataclass(frozen=True)
 class Launch:
     """How the kernels are launched: warps of each, stages and registers of ``pages``, and how
-    many of its programs share a multiprocessor. Measured on an H100 (benchmarks/attend.py)."""
+    many of its programs share a multiprocessor, as measured on an H100."""
 
     pages_warps: int = 1
     pages_stages: int = 3
@@ -43,12 +43,12 @@ class Launch:
     def of(spec: Spec) -> Launch:
         """The one that has worked best for this kind of spec."""
         layout = Layout.parse(spec.layout)
-        words = max(max(tier) for tier in layout.tiers) // 8
+        words = max(max(tier) for tier in layout.tiers) // DIGITS_PER_WORD
         if spec.columns > 16:  # sums of many rows need the registers of more warps
             return Launch(pages_warps=min(4, spec.columns // 16), pages_per_sm=4)
-        if words <= 16 and not layout.tracked and spec.columns == 8:
+        if spec.columns == 8 and (layout.tracked or words <= 16):
             return Launch(pages_registers=160, pages_per_sm=12)
-        return Launch()
+        return Launch(pages_warps=2, pages_per_sm=6)
 
 
 @cache

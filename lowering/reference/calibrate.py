@@ -259,17 +259,24 @@ def _whiten(x: Tensor, weight: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, 
     metric = metric.double()
     trace = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-30)
     eye = torch.eye(dim, dtype=torch.float64, device=x.device)
-    values, vectors = torch.linalg.eigh((1 - REGULARISE) * metric + REGULARISE * trace * eye)
+    values, vectors = _eigh((1 - REGULARISE) * metric + REGULARISE * trace * eye)
     root = values.clamp(min=1e-30)
     a = (vectors * root.sqrt()[:, None]) @ vectors.mT
     mass = weight.sum(1).clamp(min=1e-30)[:, None, None]
     spread = ((x * weight[..., None]).mT @ x).double() / mass
-    cost, u = torch.linalg.eigh(a @ spread @ a)
+    cost, u = _eigh(a @ spread @ a)
     cost = torch.maximum(cost, cost.amax(-1, keepdim=True) * 1e-7).clamp(min=1e-30)
     into = a @ u / cost.sqrt()[:, None]
     into = into.to(STORED)
     # A singular one gives NaN, and the plain rotation wins.
     return into, torch.linalg.inv_ex(into.double())[0].float(), cost.float()
+
+
+def _eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of small symmetric matrices, on the host: on a GPU a decomposition
+    of one such matrix takes longer than all of them here, and the way there."""
+    values, vectors = torch.linalg.eigh(x.cpu())
+    return values.to(x.device), vectors.to(x.device)
 
 
 def _fit_steps(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

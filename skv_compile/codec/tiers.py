@@ -32,6 +32,10 @@ SHARED_TIERS = (4, 3, 2, 1.5, 1)
 CALIBRATE_TOKENS = 256  # a shorter first prompt is coded in the fixed rotation
 BLOCK_TOKENS = 128  # keys this close share one rotary turn
 STRIDE = 64  # tokens that leave the window together
+#: The same by the tokens of the cache, beyond which it is the last: to decide about all tokens
+#: takes time with their number.
+STRIDES = ((8192, STRIDE), (32768, 2 * STRIDE))
+LARGE_STRIDE = 4 * STRIDE
 OBSERVED = 16  # queries kept of as many
 #: Tokens of a page, by the tokens of the cache: every head has a page begun in every tier, which
 #: must be little beside what it holds.
@@ -167,7 +171,8 @@ def shared_layout(
     digits, unit = [layout.tiers[0] for layout in plain], len(plain) // 2
     if config.codec == "frame":
         digits, unit = shared_digits(head_dim)
-    stride = max(STRIDE, size)
+    strides = [n for most, n in STRIDES if max_tokens <= most]
+    stride = max(strides[0] if strides else LARGE_STRIDE, size)
     return replace(
         first,
         page_tokens=size,

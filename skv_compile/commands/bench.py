@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from typing import Any
 
 from skv_compile.commands import common
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     for part in args.parts:
         llama = () if part == "attend" else (step.model(),)
         lines: list[dict[str, Any]] = []
+        found[part] = lines
         columns = ("", "tokens x batch", "ms", "mean", "times dense", "of floor")
         view = Table(*columns, box=box.SIMPLE_HEAD)
         for tokens, batch in measured[part].SHAPES:
@@ -55,6 +58,8 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
                 dense = dense or one["ms"]
                 one["faster"] = dense / one["ms"]
                 lines.append(one)
+                if args.json:  # a run that is stopped leaves what it has
+                    common.write_json(args.json, shlex.join(["skv", *sys.argv[1:]]), found)
                 mean, floor = one.get("mean_ms"), one.get("of_floor")
                 view.add_row(
                     name,
@@ -64,6 +69,5 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
                     f"{one['faster']:.2f}",
                     f"{floor:.0%}" if floor else "",
                 )
-        found[part] = lines
         screen.print(view)
     return found
