@@ -103,6 +103,39 @@ def passkey() -> str:
     return "\n".join(rows)
 
 
+def _speed(part: str, head: str) -> str:
+    """Milliseconds of one part of ``skv bench``, and how many times faster than its first line."""
+    lines = _result("bench")[part]
+    shapes = list(dict.fromkeys((x["tokens"], x["batch"]) for x in lines))
+    names = list(dict.fromkeys(x["name"] for x in lines))
+    rows = [f"| {head} | " + " | ".join(f"{n // 1024}k x {b}" for n, b in shapes) + " |"]
+    rows.append("|---|" + "---|" * len(shapes))
+    for name in names:
+        cells = []
+        for shape in shapes:
+            found = [x for x in lines if (x["name"], x["tokens"], x["batch"]) == (name, *shape)]
+            text = "-"
+            if found:
+                text = f"{found[0]['ms']:.3g}"
+                if name != names[0]:
+                    text += f" ({found[0]['faster']:.2f}x)"
+                if "mean_ms" in found[0] and name != names[0]:
+                    text += f", {found[0]['mean_ms']:.3g}"
+            cells.append(text)
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def attend() -> str:
+    """One attention on a GPU."""
+    return _speed("attend", "attention, ms")
+
+
+def step() -> str:
+    """A whole step on a GPU."""
+    return _speed("step", "step, ms")
+
+
 def demo() -> str:
     """The demo's two sides."""
     result = _result("demo")
@@ -126,6 +159,8 @@ def filled(text: str) -> str:
         "long": long,
         "passkey": passkey,
         "demo": demo,
+        "attend": attend,
+        "step": step,
     }
     for name, make in tables.items():
         table = make()

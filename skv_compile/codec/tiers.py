@@ -32,10 +32,10 @@ SHARED_TIERS = (4, 3, 2, 1.5, 1)
 CALIBRATE_TOKENS = 256  # a shorter first prompt is coded in the fixed rotation
 BLOCK_TOKENS = 128  # keys this close share one rotary turn
 STRIDE = 64  # tokens that leave the window together
-#: The same by the tokens of the cache, beyond which it is the last: to decide about all tokens
-#: takes time with their number.
-STRIDES = ((8192, STRIDE), (32768, 2 * STRIDE))
-LARGE_STRIDE = 4 * STRIDE
+#: How many times as many in caches of so many tokens, and in larger ones: to decide about all
+#: tokens takes time with their number.
+STRIDES = ((8192, 1), (32768, 2))
+LARGE_STRIDES = 4
 OBSERVED = 16  # queries kept of as many
 #: Tokens of a page, by the tokens of the cache: every head has a page begun in every tier, which
 #: must be little beside what it holds.
@@ -172,7 +172,7 @@ def shared_layout(
     if config.codec == "frame":
         digits, unit = shared_digits(head_dim)
     strides = [n for most, n in STRIDES if max_tokens <= most]
-    stride = max(strides[0] if strides else LARGE_STRIDE, size)
+    stride = max(STRIDE * (strides[0] if strides else LARGE_STRIDES), size)
     return replace(
         first,
         page_tokens=size,
