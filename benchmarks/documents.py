@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from skv_compile import models
+from skv_compile import files, models
 
 WHEEL = "gensim==4.4.0"
 MEMBER = (
@@ -35,7 +35,7 @@ Report = Callable[[str], None]
 
 def default_folder() -> Path:
     """Where the documents are kept between runs."""
-    return models.cache_folder() / f"documents-{WHEEL.replace('==', '-')}"
+    return files.cache_folder() / f"documents-{WHEEL.replace('==', '-')}"
 
 
 def file_name(title: str) -> str:

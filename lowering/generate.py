@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-import os
 import struct
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import jinja2
 import torch
 
+from ..files import cache_folder, replacing
 from .codes import RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO
 from .layout import DIGITS_PER_WORD, EXACT_DTYPES, GAP_FILLER, Layout
 from .state import PER_TIER
@@ -209,25 +209,16 @@ def source(spec: Spec) -> str:
     return env.get_template("module.py.jinja").render(**names, **parts) + "\n"
 
 
-def folder() -> Path:
-    """Where generated modules are kept (Triton reads a kernel's source from its file)."""
-    root = os.environ.get("SKV_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "skv_compile"
-    )
-    return Path(root) / "kernels"
-
-
 @cache
 def module(spec: Spec) -> ModuleType:
     """The generated module of a spec."""
     text = source(spec)
     name = "skv_" + hashlib.sha256(text.encode()).hexdigest()[:20]
-    path = folder() / f"{name}.py"
+    path = cache_folder() / "kernels" / f"{name}.py"  # Triton reads a kernel's source from a file
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.replace(path)
+        with replacing(path) as temporary:
+            Path(temporary).write_text(text)
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     assert found.loader is not None

