@@ -13,6 +13,7 @@ from ..retention.heads import Heads
 from ..retention.keeper import Keeper
 from ..retention.policies import make_policy
 from .pool import Pool
+from .schedule import Schedule
 
 
 def make_keeper(
@@ -41,13 +42,16 @@ def make_keeper(
     policy = make_policy(config, layers, heads)
     layout = choose_layout(config, head_dim, max_tokens, name, turned)
     if budget is not None and policy is None:
-        layout = _finest_within(config, layout, layers, batch, heads, group, budget, turned)
+        layout = _finest_within(config, layout, layers, batch, heads, group, budget, turned, device)
     rule = Rule(layout, layers * batch * heads, None if budget is not None else config.bits)
+    beside = 0  # bytes of the kernels' list of work, of every page
     known = Heads.empty(layout, layers, batch, heads, len(layout.tiers) - 1, device)
     if policy is not None and budget is not None:
         budget -= layers * exact_bytes(layout, batch, heads, group) + known.bytes
         budget -= frame_bytes(layout, heads, layers, config.frame is not None)
-    pages = None if policy is None else rule.pool_pages(budget)
+        fixed, beside = Schedule.cost(layers, batch, heads, group, layout, device)
+        budget -= fixed
+    pages = None if policy is None else rule.pool_pages(budget, beside)
     pool = Pool(layers, batch, heads, layout, pages, device, group)
     return Keeper(pool, policy, known, rule)
 
@@ -85,6 +89,7 @@ def _finest_within(
     group: int,
     budget: int,
     turned: bool,
+    device: torch.device,
 ) -> Layout:
     """The finest tier, no finer than ``best``, that keeps all tokens within the budget."""
     chosen, sizes = None, []
@@ -92,7 +97,8 @@ def _finest_within(
         pages = batch * heads * layout.max_pages * (layout.page_bytes + PAGE_HEADER)
         own = pages + exact_bytes(layout, batch, heads, group)
         frames = frame_bytes(layout, heads, layers, config.frame is not None)
-        sizes.append(layers * own + frames)
+        work, _ = Schedule.cost(layers, batch, heads, group, layout, device)
+        sizes.append(layers * own + frames + work)
         if layout.rate(0) <= best.rate(0) and sizes[-1] <= budget:
             chosen = layout
     if chosen is None:

@@ -11,6 +11,34 @@ from ..lowering.layout import EXACT_DTYPES, Layout
 from ..lowering.work import Work
 
 
+def has_kernels(layout: Layout, group: int, device: torch.device) -> bool:
+    """Whether forwards of one token run on kernels."""
+    return (
+        device.type == "cuda"
+        and layout.kind == "digits"
+        and EXACT_DTYPES[layout.dtype] != torch.float64
+        and group <= kernels.MOST_ROWS
+        and kernels.triton_found()
+    )
+
+
+def _sizes(
+    layers: int, batch: int, heads: int, group: int, layout: Layout, device: torch.device
+) -> tuple[int, int, int, int]:
+    """Visits beside those of pages, visits of a page, segments, and (group, tier) pairs."""
+    spec = Spec(layout.key, group, 1)
+    bins = batch * heads * len(layout.tiers)
+    segments = kernels.programs_of(spec, device) + bins
+    if not layout.tracked:
+        return 0, 0, segments, bins
+    tiles = zip(layout.capacity, tile_sizes(layout), strict=True)
+    blocks = -(-layout.max_coded // layout.block) if layout.block else 0
+    # Pages of a (group, tier) do not overlap: beyond one visit for every tile of a page, they are
+    # as many as there are blocks.
+    fixed = layers * bins * (blocks // spec.slots + 1)
+    return fixed, max(-(-slots // tile) for slots, tile in tiles), segments, bins
+
+
 class Schedule:
     """Buffers of a ``Work`` for all layers of a pool, at addresses that never change.
 
@@ -33,28 +61,24 @@ class Schedule:
         device: torch.device,
     ) -> None:
         self.layout, self.group = layout, group
-        self.used = (
-            device.type == "cuda"
-            and layout.kind == "digits"
-            and EXACT_DTYPES[layout.dtype] != torch.float64
-            and group <= kernels.MOST_ROWS
-            and kernels.triton_found()
-        )
+        self.used = has_kernels(layout, group, device)
         self.stale = self.used
         visits = segments = bins = 0
         if self.used:
-            spec = Spec(layout.key, group, 1)
-            bins = batch * heads * len(layout.tiers)
-            segments = kernels.programs_of(spec, device) + bins
-            if layout.tracked:
-                tiles = zip(layout.capacity, tile_sizes(layout), strict=True)
-                blocks = -(-layout.max_coded // layout.block) if layout.block else 0
-                # Pages of a (group, tier) do not overlap: beyond one visit for every tile of a
-                # page, they are as many as there are blocks.
-                visits = pages * max(-(-slots // tile) for slots, tile in tiles)
-                visits += layers * bins * (blocks // spec.slots + 1)
-        shapes = (max(visits, int(self.used)), 4), (layers, segments, 4), (layers, bins + self.used)
+            fixed, of_page, segments, bins = _sizes(layers, batch, heads, group, layout, device)
+            visits = max(1, fixed + of_page * pages)
+        shapes = (visits, 4), (layers, segments, 4), (layers, bins + self.used)
         self.work = Work(*(torch.zeros(s, dtype=torch.int32, device=device) for s in shapes))
+
+    @staticmethod
+    def cost(
+        layers: int, batch: int, heads: int, group: int, layout: Layout, device: torch.device
+    ) -> tuple[int, int]:
+        """Bytes of the buffers: without any page, and for every page of the pool."""
+        if not has_kernels(layout, group, device):
+            return 0, 0
+        fixed, of_page, segments, bins = _sizes(layers, batch, heads, group, layout, device)
+        return 16 * max(1, fixed) + layers * (16 * segments + 4 * (bins + 1)), 16 * of_page
 
     @property
     def bytes(self) -> int:

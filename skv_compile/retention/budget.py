@@ -39,8 +39,9 @@ class Rule:
         least = self.groups * -(-LEAST_TOKENS // layout.page_tokens)
         return min(there, max(least, int(room / (layout.page_bytes + PAGE_HEADER))))
 
-    def pool_pages(self, budget: int | None) -> int:
-        """Pages of a pool: for the longest sequence at ``bits``, or in ``budget`` bytes.
+    def pool_pages(self, budget: int | None, beside: int = 0) -> int:
+        """Pages of a pool: for the longest sequence at ``bits``, or in ``budget`` bytes, of which
+        every page takes ``beside`` more than its own.
 
         Raises:
             ConfigError: less than one page for every head.
@@ -49,6 +50,7 @@ class Rule:
         page = layout.page_bytes + PAGE_HEADER
         most = groups * layout.max_pages
         if budget is not None:
+            page += beside
             pages = (budget - self.table_bytes) // page
         else:
             pages = self.pages(groups * layout.max_coded, most)

@@ -13,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from skv_compile.cache import schedule
+from skv_compile.codec import tiers
 from skv_compile.codec.tiers import choose_layout
 from skv_compile.config import Config
 from skv_compile.lowering import generate, kernels, reference
 from skv_compile.lowering.generate import RAW_SHIFT, Raw, Spec
 from skv_compile.lowering.reference import intake
-from skv_compile.lowering.work import segments_of, visits_of
+from skv_compile.lowering.work import Work, segments_of, visits_of
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -254,3 +256,54 @@ def test_visits_reach_every_token_in_a_column_of_its_own_block():
                 if gap != 255 and block <= i // layout.block < block + slots:
                     got.append((place // len(layout.tiers), i))
         assert sorted(got) == want
+
+
+# ---------------------------------------------------------------- the list of work over time
+
+
+@pytest.fixture
+def _scheduled(monkeypatch):
+    """Lists of work on the CPU too, and short strides."""
+    monkeypatch.setattr(schedule, "has_kernels", lambda *args: True)
+    monkeypatch.setattr(tiers, "STRIDE", 16)
+
+
+@pytest.mark.usefixtures("_scheduled")
+@pytest.mark.parametrize("more", [{}, {"retention": "none"}, {"dim": 128, "bits": 1.0}])
+def test_what_a_schedule_costs_is_what_it_takes_and_it_is_enough(more):
+    state, _ = kernel_cases.filled(CPU, batch=2, group=4, **{**kernel_cases.TRACKED, **more})
+    pool = state.keeper.pool
+    fixed, of_page = schedule.Schedule.cost(1, 2, pool.heads, 4, state.layout, CPU)
+    assert pool.schedule.bytes == fixed + of_page * pool.pages
+    t = state.tensors
+    one = (t.table[None], t.pool, t.info, t.meta[None, :, 2], state.layout, 4)
+    assert len(kernels.plan_work(*one).visits) <= len(t.visits)
+
+
+@interpreted
+@pytest.mark.usefixtures("_scheduled")
+@pytest.mark.parametrize("retention", ["rdr", "none", "streaming"])
+def test_kept_work_follows_pages_as_they_move(retention):
+    settings = {**kernel_cases.TRACKED, "page_tokens": 8, "retention": retention, "bits": 2.5}
+    state, random = kernel_cases.filled(CPU, heads=1, length=120, **settings)
+    t, layout = state.tensors, state.layout
+
+    def step(n: int, check: bool) -> None:
+        state.keeper.tick(1)
+        q, k, v = random(2, 1), random(1, 1), random(1, 1)
+        position = torch.tensor([n])
+        if check:
+            work = Work(t.visits, t.segments, t.first)
+            got = kernels.attend(q, k, v, None, position, t, 0.125, layout, work=work, raw=False)
+            want = reference.attend(q, k, v, None, position, t, False, 0.125, layout)
+            assert kernel_cases.error(got, want) < BOUND
+        state.retain(q, k, v, None, position, 0.125)
+        state.append(k, v, None, position)
+
+    for n in range(120, 160):
+        step(n, n % 5 == 0)
+    state.crop(30)
+    step(130, True)
+    state.reset()
+    for n in range(40):
+        step(n, n in (0, 1, 39))
