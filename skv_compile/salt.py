@@ -1,4 +1,4 @@
-"""Keep Inductor's caches from serving code that another version of this project generated."""
+"""Our pass in Inductor, which also keeps its caches from serving code of another version of us."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .config import Config
+from .order import write_last
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +28,8 @@ def source_hash() -> str:
 
 
 class Salted(CustomGraphPass):
-    """Runs the pass that was there before, if any, and adds our source and config to the key."""
+    """Runs the pass that was there before, if any, puts writes of caches last, and adds our source
+    and config to the key."""
 
     def __init__(self, config: Config, before: Any = None) -> None:
         self._config = repr(config)
@@ -36,6 +38,7 @@ class Salted(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         if self._before is not None:
             self._before(graph)
+        write_last(graph)
 
     def uuid(self) -> Any:
         """None, which turns caching off, where the other pass cannot be identified."""

@@ -16,7 +16,7 @@ from support import (
     same_state,
     tiny,
 )
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import ReinplaceCounters, counters
 from torch._inductor.utils import run_and_get_code
 from transformers import StaticCache
 
@@ -191,6 +191,20 @@ def test_generated_code_copies_no_pool_and_no_exact_region(codec: str) -> None:
     assert copies(code, state) == []
     assert ".clone(" not in code
     assert "copy_(" not in code
+
+
+def test_a_models_step_writes_its_caches_in_place() -> None:
+    """Where Inductor reads a cache after it wrote it, it has to copy it first."""
+    model = tiny("llama")
+    cache = cache_for(model, codec="frame", retention="rdr", bits=4.5)
+    cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    step = torch.compile(model.forward, backend="skv", fullgraph=True)
+    ids, position = torch.ones(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+    ReinplaceCounters.clear()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        _, code = run_and_get_code(step, ids, position_ids=position, past_key_values=cache)
+    assert ReinplaceCounters.get_total_missed() == 0
+    assert copies("\n".join(code), cache.states[0]) == []
 
 
 def test_the_search_for_copies_would_find_one() -> None:
