@@ -188,7 +188,6 @@ def names_of(spec: Spec) -> dict[str, Any]:
         "RAW": spec.raw,
         "raw": raw,
         "centre": [CENTRE + (x.offset if spec.raw else 0.0) for x in raw],
-        "max": max,
     }
 
 

@@ -57,8 +57,13 @@ def triton_found() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def refusal(layout: Layout, q: Tensor, mask: Tensor | None, group: int) -> str | None:
-    """Why the kernels cannot do a forward, None if they can. Does not wait for the device."""
+def refusal(
+    layout: Layout, q: Tensor, mask: Tensor | None, group: int, heads: int | None = None
+) -> str | None:
+    """Why the kernels cannot do a forward, None if they can. Does not wait for the device.
+
+    ``heads``: query heads that the cache was made for.
+    """
     if not triton_found():
         return "Triton is not installed"
     if os.environ.get(SWITCH) == "reference":
@@ -69,6 +74,10 @@ def refusal(layout: Layout, q: Tensor, mask: Tensor | None, group: int) -> str |
         return f"queries of {q.dtype} with a cache of {layout.dtype}"
     if q.shape[2] > MOST_TOKENS or group * q.shape[2] > MOST_ROWS:
         return LONG
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if heads is not None and q.shape[1] != heads:
+        return f"{q.shape[1]} query heads with a cache made for {heads}"
     if mask is not None and mask.shape[1] > 1:
         return "a mask of its own for every head"
     return None

@@ -123,14 +123,16 @@ def _attend(q, k, v, mask, position, *rest) -> Tensor:
 def _attend_cuda(q, k, v, mask, position, *rest) -> Tensor:
     *tensors, causal, scale, layout_key = rest
     state, layout = State(*tensors), Layout.parse(layout_key)
-    reason = kernels.refusal(layout, q, mask, q.shape[1] // k.shape[1])
+    heads = state.queries.shape[1]
+    reason = kernels.refusal(layout, q, mask, q.shape[1] // k.shape[1], heads)
     # Of several tokens, the reference says what is wrong with them and does a prompt's first.
     if reason is None and q.shape[2] > 1 and (causal or int(position[0]) == 0):
         reason = kernels.LONG
     if reason is None:
         one = q.shape[2] == 1
         work = Work(state.visits, state.segments, state.first) if one else None
-        return kernels.attend(q, k, v, mask, position, state, scale, layout, work=work)
+        with torch.cuda.device(q.device):  # Triton launches on the current one
+            return kernels.attend(q, k, v, mask, position, state, scale, layout, work=work)
     if reason != kernels.LONG:
         kernels.say(reason)
     return reference.attend(q, k, v, mask, position, state, causal, scale, layout)
@@ -156,7 +158,8 @@ def _append_cuda(k, v, mask, position, exact_keys, exact_values, queries, meta, 
     if kernels.one_token(k):
         from . import store
 
-        store.append(k, v, mask, position, *rest)
+        with torch.cuda.device(k.device):
+            store.append(k, v, mask, position, *rest)
     else:
         reference.append(k, v, mask, position, *rest)
 
@@ -165,7 +168,8 @@ def _retain_cuda(q, position, queries, meta, layout) -> None:
     if kernels.one_token(q):
         from . import store
 
-        store.retain(q, position, queries, meta, Layout.parse(layout))
+        with torch.cuda.device(q.device):
+            store.retain(q, position, queries, meta, Layout.parse(layout))
     else:
         reference.retain(q, position, queries, meta, Layout.parse(layout))
 

@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .errors import CacheStateError
 from .generate import power_of_two
 from .kernels import mask_parts
 from .layout import Layout
 from .state import FLAG_FULL, FLAG_NONFINITE, FLAG_POSITION
 
-TILE = 4096  # elements of the new keys that are looked through at once
+TILE = 4096  # elements of the new keys that are looked through at once, fewer with many rows
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def _append(
     bad_position = tl.max((there & ((pad + length != start) | (in_ring == 0))).to(tl.int32), 0)
     lead = tl.zeros([BP], tl.int64)
     if MASK:
-        at = mask + rows * mask_b + tl.minimum(start, slots - 1)
+        at = mask + rows.to(tl.int64) * mask_b + tl.minimum(start, slots - 1)
         seen = tl.zeros([BP], tl.int32)
         for head in range(MASK_HEADS):
             x = tl.load(at + head * mask_h, mask=there, other=0)
@@ -144,20 +145,26 @@ def append(
         kind = 1 if mask.dtype == torch.bool else 2
         hidden = 0.0 if kind == 1 else torch.finfo(mask.dtype).min / 2
         mask_h = seen.stride(1) if seen.shape[1] > 1 else 0
+    tile = min(TILE, 32 * TILE // power_of_two(batch))  # times rows: what registers hold
     _append[(batch,)](
         k, v, meta if seen is None else seen, position, exact_keys, exact_values, meta,
         batch, k.stride(0), k.stride(1), v.stride(0), v.stride(1), mask_b, mask_h, slots,
         H=heads, D=dim, HP=power_of_two(heads), DP=power_of_two(dim), BP=power_of_two(batch, 2),
         SINKS=layout.sinks, RING=layout.ring, MOST=layout.max_tokens, MASK=kind,
         MASK_HEADS=1 if mask is None else mask.shape[1], HIDDEN=hidden,
-        NONFINITE=FLAG_NONFINITE, POSITION=FLAG_POSITION, FULL=FLAG_FULL, TILE=TILE, num_warps=4,
+        NONFINITE=FLAG_NONFINITE, POSITION=FLAG_POSITION, FULL=FLAG_FULL, TILE=tile, num_warps=4,
     )  # fmt: skip
 
 
 def retain(q: Tensor, position: Tensor, queries: Tensor, meta: Tensor, layout: Layout) -> None:
     """``reference.retain``."""
-    q = q if q.stride(-1) == 1 else q.contiguous()
     batch, heads, _, dim = q.shape
+    if queries.shape[1] != heads:
+        raise CacheStateError(
+            f"{heads} query heads meet a cache made for {queries.shape[1]}. Make the cache from "
+            "the config of the model that uses it."
+        )
+    q = q if q.stride(-1) == 1 else q.contiguous()
     _retain[(batch,)](
         q, position, queries, meta, q.stride(0), q.stride(1),
         H=heads, D=dim, HP=power_of_two(heads), DP=power_of_two(dim), SINKS=layout.sinks,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .reference.pages import page_records
 from .state import BASE, KIND, PER_TIER
 
 
@@ -51,7 +50,7 @@ def visits_of(
     rows, keys = [], []
     for t, capacity in enumerate(layout.capacity):
         mine = (tier == t).nonzero().squeeze(1)
-        gap = page_records(pool[page[mine]], layout, t)["gap"].squeeze(-1).long()
+        gap = pool[:, layout.fields[t]["gap"].slice][page[mine]].long()
         i = info[page[mine], BASE, None].long() + gap.cumsum(1)
         for first in range(0, capacity, tile[t]):
             count = (used[mine] - first).clamp(0, tile[t])

@@ -19,7 +19,13 @@ from .timing import Launch, milliseconds
 
 HEADS, GROUP, DIM = 8, 4, 128
 SHAPES = ((2048, 1), (8192, 1), (32768, 1), (131072, 1), (16384, 8), (4096, 32))
-SETS = 3  # caches that a measurement goes through in turn
+READ = 200 << 20  # least bytes that a measurement goes through in turn: four L2 caches
+
+
+def _sets(size: int) -> int:
+    """How many caches of ``size`` bytes are that much."""
+    return max(3, -(-READ // size))
+
 
 #: name -> settings of the cache
 OURS: dict[str, dict[str, Any]] = {
@@ -51,10 +57,9 @@ def _dense(
     like = {"device": "cuda", "dtype": torch.bfloat16}
     q = torch.randn(batch, HEADS * GROUP, 1, DIM, **like)
     launches: list[Launch] = []
-    size = 0
-    for _ in range(SETS):
+    size = 2 * batch * HEADS * tokens * DIM * 2
+    for _ in range(_sets(size)):
         k, v = (torch.randn(batch, HEADS, tokens, DIM, **like) for _ in range(2))
-        size = k.nbytes + v.nbytes
         launches.append(partial(attend, q, k, v))
     return {"all": launches}, size
 
@@ -83,7 +88,7 @@ def _ours(name: str, tokens: int, batch: int) -> tuple[dict[str, Any], int]:
     every: list[Launch] = []
     parts: dict[str, list[Launch]] = {"prepare": [], "pages": [], "merge": []}
     size = 0
-    for _ in range(SETS):
+    while len(every) < (_sets(size) if size else 1):
         shape = (batch, HEADS, DIM, tokens + 256, torch.bfloat16, torch.device("cuda"))
         state = LayerState(Config(**OURS[name]), *shape, turn=plan, group=GROUP)
         fill([state], tokens)

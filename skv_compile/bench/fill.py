@@ -32,7 +32,8 @@ def fill(states: Sequence[LayerState], tokens: int, shares: Sequence[float] = SH
         t.meta[:, LENGTH], t.meta[:, CODED] = tokens, coded
         if state.counter is not None:
             state.counter.fill_(tokens)
-    pool.schedule.stale = pool.schedule.used
+    pool.schedule.changed()
+    states[0].keeper.full()
     if not layout.tracked:
         pool.memory.random_(0, 256)
         for name, field in layout.fields[0].items():
@@ -44,6 +45,7 @@ def fill(states: Sequence[LayerState], tokens: int, shares: Sequence[float] = SH
     found: list[list[Tokens]] = [[] for _ in layout.tiers]
     for group in range(groups):
         tier = torch.bucketize(torch.rand(coded, device=device), edges)
+        tier[tier >= len(shares)] = len(layout.tiers)  # dropped
         for n in range(len(layout.tiers)):
             i = (tier == n).nonzero().squeeze(1)
             one = torch.ones(len(i), device=device)

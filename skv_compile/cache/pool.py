@@ -88,10 +88,10 @@ class Pool:
         """Take all pages of some layers back."""
         if not self.layout.tracked:
             return
-        index = torch.tensor(layers, device=self.device)
+        index = torch.tensor(layers, dtype=torch.long, device=self.device)
         table = self.table[index]
         pages = table[table >= 0]
-        self.schedule.stale = self.schedule.used
+        self.schedule.changed()
         self._free[self.free : self.free + len(pages)] = pages
         self.free += len(pages)
         self.table[index] = -1
@@ -104,7 +104,7 @@ class Pool:
         Of each tier: layer by layer, head by head, in order.
         """
         layout = self.layout
-        index = torch.tensor(layers, device=self.device)
+        index = torch.tensor(layers, dtype=torch.long, device=self.device)
         table = self.table[index]
         size = self.batch * self.heads
         owner = (index[:, None] * size + torch.arange(size, device=self.device)).flatten()
@@ -140,7 +140,7 @@ class Pool:
 
     def write(self, content: Content) -> None:
         """Make these the tokens of their groups, which must not have pages."""
-        self.schedule.stale = self.schedule.used
+        self.schedule.changed()
         layout, starts = self.layout, []
         for tier, (tokens, records) in enumerate(zip(content.tokens, content.records, strict=True)):
             if len(tokens) == 0:

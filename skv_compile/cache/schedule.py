@@ -85,6 +85,10 @@ class Schedule:
         """Bytes of the buffers."""
         return sum(x.nbytes for x in self.work)
 
+    def changed(self) -> None:
+        """Say that other tokens are in pages than when the work was listed."""
+        self.stale = self.used
+
     def of(self, layer: int) -> Work:
         """The buffers of one layer."""
         return Work(self.work.visits, self.work.segments[layer], self.work.first[layer])

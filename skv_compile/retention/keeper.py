@@ -63,10 +63,14 @@ class Keeper:
             pool = self.pool
             pool.schedule.refresh(pool.table[: len(coded)], pool.memory, pool.info, coded)
 
+    def full(self) -> None:
+        """Look before the next forward whether strides wait: rings were filled from outside."""
+        self._ahead = self.layout.stride
+
     def forget(self, layer: int) -> None:
         """Drop every token of a layer."""
         self.pool.release([layer])
-        self._changed()
+        self.pool.schedule.changed()
         self.judge.forget(layer)
         self._ahead = self.layout.stride
 
@@ -114,11 +118,7 @@ class Keeper:
         for layer in due:
             meta = self.states[layer].meta
             meta[:, CODED] = self._end(meta)
-        self._changed()
-
-    def _changed(self) -> None:
-        """Say that other tokens are in pages than when the work of the kernels was listed."""
-        self.pool.schedule.stale = self.pool.schedule.used
+        self.pool.schedule.changed()
 
     def _coded(self, meta: Tensor, due: bool) -> int:
         return int((self._end(meta) if due else meta[:, CODED]).sum())
@@ -170,7 +170,7 @@ class Keeper:
         if layer <= self._last_layer:  # a new forward
             self._memo, self._arriving = {ARRIVING: True}, Arriving(self.heads)
         self._last_layer, self._ahead = layer, layout.stride
-        self._changed()
+        self.pool.schedule.changed()
         n = int((found.new_coded - found.coded).max())
         if n > 0:
             sources = Sources(k, v, state.exact_keys, state.exact_values, found, layout)
@@ -206,7 +206,7 @@ class Keeper:
             level = decide(policy, both, heads, self._memo, allowed)
         own = int((pool.table[layer] >= 0).sum())
         need = pages_for(both.at(level), self.layout)
-        if need > pool.free + own and policy.scope == "all":
+        if need > pool.free + own and policy.scope == "all" and pool.layers > 1:
             # The layers before this one give way, to more than it needs, so that it is seldom.
             others = [n for n in self._every if n != layer]
             short = need - pool.free - own + pool.pages // 16
@@ -250,7 +250,7 @@ class Keeper:
 
     def drop_after(self, layer: int, end: Tensor) -> None:
         """Drop a layer's coded tokens i >= end [B]."""
-        self._changed()
+        self.pool.schedule.changed()
         if not self.layout.tracked:
             return
         tokens = self._tokens([layer])
@@ -268,7 +268,7 @@ class Keeper:
         """Let the pages of row n be those of row ``rows[n]`` of another keeper, or of itself."""
         pool, theirs = self.pool, source.pool
         self._ahead = self.layout.stride
-        self._changed()
+        self.pool.schedule.changed()
         for n in range(source.heads.groups // (source.heads.batch * source.heads.heads)):
             self.judge.copy(source.judge, n, rows)
         if not self.layout.tracked:

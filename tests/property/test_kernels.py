@@ -304,6 +304,8 @@ def test_kept_work_follows_pages_as_they_move(retention):
         step(n, n % 5 == 0)
     state.crop(30)
     step(130, True)
+    step(0, True)  # anew, and nobody says so
+    step(1, True)
     state.reset()
     for n in range(40):
         step(n, n in (0, 1, 39))
