@@ -29,6 +29,8 @@ CPU = torch.device("cpu")
 # average out, those of one token's exponent do not.
 BOUND = 2**-10
 
+LAYOUT = choose_layout(Config(bits=2.2, retention="none"), 64, 900, "float32", True)
+
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="Triton is not interpreted in this process"
 )
@@ -199,6 +201,27 @@ def test_kernels_compile_without_a_gpu(capability):
             text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("no kernels", {"layout": dataclasses.replace(LAYOUT, kind="rings")}),
+        ("torch.float16", {"q": torch.zeros(1, 4, 1, 64, dtype=torch.float16)}),
+        (kernels.LONG, {"q": torch.zeros(1, 4, 17, 64)}),
+        (kernels.LONG, {"q": torch.zeros(1, 128, 1, 64), "group": 128}),
+        ("every head", {"mask": torch.zeros(1, 4, 1, 9)}),
+        ("made for 8", {"heads": 8}),
+        (None, {"mask": torch.zeros(1, 1, 1, 9), "heads": 4}),
+    ],
+)
+def test_what_kernels_cannot_do_is_said(what, change, monkeypatch):
+    monkeypatch.delenv(kernels.SWITCH, raising=False)
+    forward = {"layout": LAYOUT, "q": torch.zeros(1, 4, 1, 64), "mask": None, "group": 2, **change}
+    reason = kernels.refusal(**forward)
+    assert reason is None if what is None else what in reason
+    monkeypatch.setenv(kernels.SWITCH, "reference")
+    assert kernels.SWITCH in kernels.refusal(**forward)
 
 
 # ---------------------------------------------------------------- work
