@@ -42,11 +42,12 @@ class Raw(NamedTuple):
         shift = RAW_SHIFT[digit]
         bit = 2 * digit + shift
         assert 4 <= bit <= 8
-        move = f"shl.b32 a, $1, {shift};" if shift > 0 else f"shr.b32 a, $1, {-shift};"
+        move = "mov.b32 a, $1;"
+        if shift:
+            move = f"sh{'l' if shift > 0 else 'r'}.b32 a, $1, {abs(shift)};"
         exponent = 15 + 10 - bit  # of 2 ** (10 - bit)
         mask, one = 3 << bit, exponent << 10
         both = 0x10001
-        move = move if shift else "mov.b32 a, $1;"
         offset = 2.0 ** (10 - bit)
         (minus,) = struct.unpack("<H", struct.pack("<e", -offset - CENTRE))
         return Raw(move, hex(mask * both), hex(one * both), offset, hex(minus * both))
@@ -139,8 +140,9 @@ def _tiers(layout: Layout) -> list[dict[str, Any]]:
     return found
 
 
+@cache
 def names_of(spec: Spec) -> dict[str, Any]:
-    """What the templates are filled with."""
+    """What the templates are filled with; not to be changed. Every launch looks at it."""
     layout = Layout.parse(spec.layout)
     tiers = _tiers(layout)
     rows = spec.rows

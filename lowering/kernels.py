@@ -57,6 +57,11 @@ def triton_found() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def turned_off() -> bool:
+    """Whether the environment asks for the reference."""
+    return os.environ.get(SWITCH) == "reference"
+
+
 def refusal(
     layout: Layout, q: Tensor, mask: Tensor | None, group: int, heads: int | None = None
 ) -> str | None:
@@ -66,7 +71,7 @@ def refusal(
     """
     if not triton_found():
         return "Triton is not installed"
-    if os.environ.get(SWITCH) == "reference":
+    if turned_off():
         return f"{SWITCH}=reference"
     if layout.kind != "digits":
         return f"codes of kind {layout.kind!r} have no kernels"
@@ -85,8 +90,7 @@ def refusal(
 
 def one_token(x: Tensor) -> bool:
     """Whether a forward of keys or queries [B, H, T, D] has kernels to store what it brings."""
-    off = os.environ.get(SWITCH) == "reference"
-    return x.shape[2] == 1 and x.dtype != torch.float64 and triton_found() and not off
+    return x.shape[2] == 1 and x.dtype != torch.float64 and triton_found() and not turned_off()
 
 
 LONG = "many query rows"  # turning keys is less work then: by design, not worth a word

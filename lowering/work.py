@@ -1,7 +1,7 @@
 """What each program of the kernel ``pages`` goes through: lists made between steps.
 
-A *visit* is a page and the block that the first rows of a tile stand for; a page whose tokens
-are of more blocks than a tile has rows for is visited several times. A *segment* is a run of
+A *visit* is a page and the block that the first columns of a tile stand for; a page whose tokens
+are of more blocks than a tile has columns for is visited several times. A *segment* is a run of
 visits of one group and tier. Segments cost about the same, however long the rows of a batch are
 and whatever tiers their pages have.
 """

@@ -188,8 +188,9 @@ def _abilities(rows: dict[str, Row]) -> Iterable[Row]:
     yield works("CPU, compiled", "torch", "transformers", "C++ compiler", "Python headers")
     if _cuda():
         yield works("CUDA, compiled", "torch", "transformers", "triton")
-        off = os.environ.get("SKV_ATTEND") == "reference"
-        extra = "SKV_ATTEND=reference turns them off" if off else ""
+        from .lowering.kernels import SWITCH, turned_off
+
+        extra = f"{SWITCH}=reference turns them off" if turned_off() else ""
         yield works("CUDA kernels", "triton", extra=extra)
     pip = "" if importlib.util.find_spec("pip") else "pip is not installed"
     yield works("skv demo", "torch", "transformers", "gguf", "accelerate", extra=pip)

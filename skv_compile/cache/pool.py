@@ -86,12 +86,12 @@ class Pool:
 
     def release(self, layers: Sequence[int]) -> None:
         """Take all pages of some layers back."""
+        self.schedule.changed()
         if not self.layout.tracked:
             return
         index = torch.tensor(layers, dtype=torch.long, device=self.device)
         table = self.table[index]
         pages = table[table >= 0]
-        self.schedule.changed()
         self._free[self.free : self.free + len(pages)] = pages
         self.free += len(pages)
         self.table[index] = -1

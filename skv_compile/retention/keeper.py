@@ -64,15 +64,14 @@ class Keeper:
             pool.schedule.refresh(pool.table[: len(coded)], pool.memory, pool.info, coded)
 
     def full(self) -> None:
-        """Look before the next forward whether strides wait: rings were filled from outside."""
+        """Look before the next forward whether strides wait: what rings hold was not counted."""
         self._ahead = self.layout.stride
 
     def forget(self, layer: int) -> None:
         """Drop every token of a layer."""
         self.pool.release([layer])
-        self.pool.schedule.changed()
         self.judge.forget(layer)
-        self._ahead = self.layout.stride
+        self.full()
 
     def maintain(self) -> int:
         """Move the strides that are full into pages. Returns the most tokens that still wait."""
@@ -267,7 +266,7 @@ class Keeper:
     def select(self, source: Keeper, rows: Tensor) -> None:
         """Let the pages of row n be those of row ``rows[n]`` of another keeper, or of itself."""
         pool, theirs = self.pool, source.pool
-        self._ahead = self.layout.stride
+        self.full()
         self.pool.schedule.changed()
         for n in range(source.heads.groups // (source.heads.batch * source.heads.heads)):
             self.judge.copy(source.judge, n, rows)

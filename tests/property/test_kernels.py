@@ -31,6 +31,7 @@ BOUND = 2**-10
 
 LAYOUT = choose_layout(Config(bits=2.2, retention="none"), 64, 900, "float32", True)
 
+# With a GPU there is no interpreter: tests/gpu/test_kernels_cuda.py runs the same cases there.
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="Triton is not interpreted in this process"
 )
