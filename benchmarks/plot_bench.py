@@ -30,7 +30,7 @@ def draw(record: dict[str, Any]) -> Any:
         lines = [x for x in record.get(part, []) if x["batch"] == 1]
         for name in dict.fromkeys(x["name"] for x in lines):
             own = [x for x in lines if x["name"] == name]
-            dense = "sdpa" in name or "HF" in name
+            dense = not name.startswith(("uniform", "rdr"))
             ax.plot(
                 [x["tokens"] for x in own],
                 [x[value] for x in own],

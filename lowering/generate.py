@@ -17,7 +17,7 @@ import torch
 
 from ..files import cache_folder, replacing
 from .codes import RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO
-from .layout import DIGITS_PER_WORD, EXACT_DTYPES, GAP_FILLER, Layout
+from .layout import DIGITS_PER_WORD, EXACT_DTYPES, GAP_FILLER, Digits, Layout
 from .state import PER_TIER
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -53,6 +53,9 @@ class Raw(NamedTuple):
         return Raw(move, hex(mask * both), hex(one * both), offset, hex(minus * both))
 
 
+FOLDED = 8  # words of a vector of which a row of a tile takes two
+WIDE, WIDE_OUT = 128, 32  # digits that one program of `prepare` or `merge` has to do with
+PAGES_AHEAD = 1  # that a program asks for before it may begin
 TILE_EXACT = 32  # slots of the exact region that one program attends to
 
 MASK_KINDS = {"none": 0, "bool": 1, "float": 2}
@@ -90,10 +93,16 @@ class Spec:
         several."""
         return max(self.least, self.rows)
 
+    def fold(self, digits: Digits) -> int:
+        """Tokens of a tier that share a row of a tile."""
+        short = set(digits) == {FOLDED * DIGITS_PER_WORD}
+        return 2 if short and self.tokens == 1 and self.columns >= 2 * self.rows else 1
+
     @property
-    def slots(self) -> int:
-        """Blocks that a tile has columns for."""
-        return self.columns // self.rows
+    def slots(self) -> list[int]:
+        """Blocks that a tile of each tier has columns for."""
+        tiers = Layout.parse(self.layout).tiers
+        return [self.columns // (self.rows * self.fold(digits)) for digits in tiers]
 
 
 def power_of_two(n: int, least: int = 1) -> int:
@@ -104,7 +113,8 @@ def tile_tokens(layout: Layout, tier: int) -> int:
     """Slots of a page that are read at once."""
     digits = layout.tiers[tier]
     most = 64 if max(digits) <= 32 * DIGITS_PER_WORD else 32
-    return min(most, power_of_two(layout.capacity[tier], 16))
+    least = 32 if set(digits) == {FOLDED * DIGITS_PER_WORD} else 16  # 16 rows
+    return min(most, power_of_two(layout.capacity[tier], least))
 
 
 def tile_sizes(layout: Layout) -> list[int]:
@@ -112,12 +122,14 @@ def tile_sizes(layout: Layout) -> list[int]:
     return [tile_tokens(layout, tier) for tier in range(len(layout.tiers))]
 
 
-def _tiers(layout: Layout) -> list[dict[str, Any]]:
+def _tiers(spec: Spec) -> list[dict[str, Any]]:
+    layout = Layout.parse(spec.layout)
     found: list[dict[str, Any]] = []
-    queries = 0
+    queries = pieces = out = 0
     for index, digits in enumerate(layout.tiers):
         kw, vw = digits.key // DIGITS_PER_WORD, digits.value // DIGITS_PER_WORD
-        kp, vp = power_of_two(kw, 16), power_of_two(vw, 16)
+        fold = spec.fold(digits)
+        kp, vp = power_of_two(kw * fold, 16), power_of_two(vw * fold, 16)
         capacity, tok = layout.capacity[index], tile_tokens(layout, index)
         first = layout.digits_before(index)
         found.append(
@@ -127,6 +139,10 @@ def _tiers(layout: Layout) -> list[dict[str, Any]]:
                 "vw": vw,
                 "kp": kp,
                 "vp": vp,
+                "qp": kp // fold,
+                "vs": vp // fold,
+                "fold": fold,
+                "slots": spec.slots[index],
                 "cap": capacity,
                 "tok": tok,
                 "parts": -(-capacity // tok),
@@ -134,9 +150,15 @@ def _tiers(layout: Layout) -> list[dict[str, Any]]:
                 "key_first": first.key,
                 "value_first": first.value,
                 "query_first": queries,
+                "wide": min(WIDE, 8 * kp // fold),
+                "pieces": max(1, 8 * kp // fold // WIDE),
+                "piece_first": pieces,
+                "out_first": out,
             }
         )
-        queries += 8 * kp
+        queries += 8 * kp // fold
+        pieces += max(1, 8 * kp // fold // WIDE)
+        out += 8 * vp // fold // WIDE_OUT
     return found
 
 
@@ -144,11 +166,12 @@ def _tiers(layout: Layout) -> list[dict[str, Any]]:
 def names_of(spec: Spec) -> dict[str, Any]:
     """What the templates are filled with; not to be changed. Every launch looks at it."""
     layout = Layout.parse(spec.layout)
-    tiers = _tiers(layout)
+    tiers = _tiers(spec)
     rows = spec.rows
     exact = EXACT_DTYPES[layout.dtype]
     digits = layout.digits_before(len(layout.tiers))
     tiles = -(-(layout.sinks + layout.ring + spec.tokens) // TILE_EXACT)
+    pieces_out = sum(8 * tier["vs"] // WIDE_OUT for tier in tiers)
     raw = [Raw.of(digit) for digit in range(DIGITS_PER_WORD)]
     return {
         "about": ", ".join(f"{k}={v}" for k, v in asdict(spec).items()),
@@ -162,10 +185,15 @@ def names_of(spec: Spec) -> dict[str, Any]:
         "RE": max(16, rows),
         "NE": tiles,
         "NEP": power_of_two(tiles),
-        "SLOTS": spec.slots,
+        "any_fold": any(tier["fold"] > 1 for tier in tiers),
         "BB": max(1, spec.rows_prepare // rows) if layout.block else 1,
-        "NV": max(8 * tier["vp"] for tier in tiers),
-        "NC": min(128, *(8 * tier["vp"] for tier in tiers)),
+        "NV": max(8 * tier["vs"] for tier in tiers),
+        "PIECES": sum(tier["pieces"] for tier in tiers),
+        "WIDE_OUT": WIDE_OUT,
+        "PIECES_OUT": pieces_out,
+        "PIECES_OUT_P": power_of_two(pieces_out + 1),
+        "AHEAD": PAGES_AHEAD,
+        "LINES": power_of_two(max(1, layout.page_bytes // 128) + 1) // 2,
         "TE": TILE_EXACT,
         "wait": "tl.extra.cuda.gdc_wait()" if spec.chained else "",
         "early": "tl.extra.cuda.gdc_launch_dependents()" if spec.chained else "",

@@ -36,7 +36,6 @@ class Launch:
     pages_registers: int | None = None
     pages_per_sm: int = 8
     prepare_warps: int = 4
-    merge_warps: int = 4
 
     @staticmethod
     @cache
@@ -165,18 +164,21 @@ def steps(
         work = work_of(*one, spec.slots, tile_sizes(layout), programs)
     blocks = max(1, -(-layout.max_coded // layout.block)) if layout.block else 1
     chunks = -(-blocks // names["BB"])
-    width = sum(8 * tier["kp"] for tier in names["tiers"])
+    width = sum(8 * tier["qp"] for tier in names["tiers"])
     segments = work.segments.shape[-2]
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(math.prod(shape), dtype=dtype, device=q.device)
 
     digits = scratch(groups, blocks, rows, width, dtype=torch.float16)
-    terms = scratch(len(layout.tiers), groups, blocks, rows, 2)
+    terms = scratch(names["PIECES"], groups, blocks, rows, 2)
     powers = scratch(groups)
     flags = scratch(groups, blocks if mask is not None else 1, dtype=torch.int8)
     exact_part, exact_stat = scratch(groups, tiles, rows, dim), scratch(groups, tiles, rows, 2)
     part, stat = scratch(segments, rows, names["NV"]), scratch(segments, rows, 2)
+    out_rows = groups * spec.group * tokens
+    pieces = scratch(out_rows, names["PIECES_OUT"] + 1, dim)
+    ready = scratch(out_rows, dtype=torch.int32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     seen, mask_b, mask_t, slots = mask_parts(mask)
@@ -185,10 +187,10 @@ def steps(
     registers = {"maxnreg": launch.pages_registers} if launch.pages_registers else {}
 
     def prepare() -> None:
-        made.prepare[(groups * (tiles + chunks),)](
+        made.prepare[(groups * (tiles + chunks * names["PIECES"]),)](
             q, k, v, seen, position, state.meta, state.exact_keys, state.exact_values, state.turn,
             state.key_back, state.key_grid, state.key_plan,
-            digits, terms, powers, flags, exact_part, exact_stat,
+            digits, terms, powers, flags, exact_part, exact_stat, ready,
             q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
             v.stride(0), v.stride(1), v.stride(2), mask_b, mask_t,
             slots, blocks, groups, scale, H=heads, num_warps=launch.prepare_warps, **chained,
@@ -203,12 +205,13 @@ def steps(
             num_warps=launch.pages_warps, num_stages=launch.pages_stages, **registers, **chained,
         )  # fmt: skip
 
+    parts = power_of_two(min(256, max(16, -(-segments // groups))))
+
     def merge() -> None:
-        made.merge[(groups * spec.group * tokens,)](
+        made.merge[(out_rows * (names["PIECES_OUT"] + 1),)](
             out, work.first, part, stat, exact_part, exact_stat,
-            state.value_back, state.value_grid, state.value_plan, H=heads,
-            NS=power_of_two(min(128, max(16, -(-segments // groups)))),
-            num_warps=launch.merge_warps, **chained,
+            state.value_back, state.value_grid, state.value_plan, pieces, ready, H=heads,
+            NS=parts, num_warps=min(4, max(1, parts // 32)), **chained,
         )  # fmt: skip
 
     return out, (prepare, pages, merge)

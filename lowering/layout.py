@@ -205,4 +205,5 @@ class Layout:
         # One page begun in every tier, as many full ones as the finest tier makes, and in every
         # tier the slots of the longest gaps.
         fillers = sum(-(-(self.max_coded // GAP_FILLER) // slots) for slots in self.capacity)
-        return len(self.tiers) + -(-self.max_coded // self.capacity[-1]) + fillers
+        most = len(self.tiers) + -(-self.max_coded // self.capacity[-1]) + fillers
+        return -(-most // 4) * 4  # lists begin at 16 bytes: CUDA graphs copy inputs that do not

@@ -31,12 +31,17 @@ class Work(NamedTuple):
 
 
 def visits_of(
-    table: Tensor, pool: Tensor, info: Tensor, layout: Layout, slots: int, tile: Sequence[int]
+    table: Tensor,
+    pool: Tensor,
+    info: Tensor,
+    layout: Layout,
+    slots: Sequence[int],
+    tile: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Visits of tracked pages in the order of ``table`` [layers, B, H, max_pages], and how many
     there are of each layer, group and tier [layers, B * H * tiers].
 
-    ``slots``: blocks that a tile has columns for; ``tile``: page slots it takes, of each tier.
+    ``slots``: blocks that a tile has columns for, ``tile``: page slots it takes, of each tier.
     Waits for the device.
     """
     layers = table.shape[0]
@@ -63,12 +68,12 @@ def visits_of(
                 low, high = torch.zeros_like(low), torch.zeros_like(high)
             else:
                 low, high = low // layout.block, high // layout.block
-            times = (high - low) // slots + 1
+            times = (high - low) // slots[t] + 1
             again = torch.arange(int(times.sum()), device=device)
             again = again - (times.cumsum(0) - times).repeat_interleave(times)
             part = [page[where], first + count * PER_TIER, base, low]
             visit = torch.stack(part, 1).repeat_interleave(times, 0)
-            visit[:, 3] += again * slots
+            visit[:, 3] += again * slots[t]
             rows.append(visit)
             key = layer[where] * groups * table.shape[-1] + place[where]
             keys.append(key.repeat_interleave(times))
@@ -126,7 +131,7 @@ def work_of(
     info: Tensor,
     coded: Tensor,
     layout: Layout,
-    slots: int,
+    slots: Sequence[int],
     tile: Sequence[int],
     programs: int,
 ) -> Work:
@@ -135,7 +140,7 @@ def work_of(
     Args:
         table: [layers, B, H, max_pages]; pool, info: as in ``State``.
         coded: [layers, B] tokens in pages of each row.
-        slots: blocks that a tile has columns for (tracked pages).
+        slots: blocks that a tile has columns for, of each tier (tracked pages).
         tile: page slots that a tile takes, of each tier.
         programs: segments wanted of each layer.
     """

@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tiers, hidden": {"batch": 2, "group": 4, "mask": "hole", **TRACKED, "bits": 1.5},
     "tiers, grid": {"codec": "grid", "turned": False, "group": 4, **TRACKED},
     "tiers, D=128": {"dim": 128, "group": 4, "heads": 1, **TRACKED},
+    "tiers, D=128, group 1": {"dim": 128, "group": 1, "heads": 1, "mask": "bool", **TRACKED},
     "3 queries": {"queries": 3, "batch": 2, "mask": "bool", **TRACKED},
     "5 queries": {"queries": 5, "group": 1, **UNIFORM},
     "16 queries": {"queries": 16, "group": 4, "heads": 1, "mask": "hole", **UNIFORM},

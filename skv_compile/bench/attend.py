@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,16 @@ from .fill import fill
 from .timing import Launch, milliseconds
 
 HEADS, GROUP, DIM = 8, 4, 128
-SHAPES = ((2048, 1), (8192, 1), (32768, 1), (131072, 1), (16384, 8), (4096, 32))
+SHAPES = (
+    (2048, 1),
+    (8192, 1),
+    (32768, 1),
+    (131072, 1),
+    (1048576, 1),
+    (16384, 8),
+    (4096, 32),
+    (2048, 64),
+)
 READ = 200 << 20  # least bytes that a measurement goes through in turn: four L2 caches
 
 
@@ -73,7 +82,24 @@ def _repeated(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return F.scaled_dot_product_attention(q, k, v)
 
 
-DENSE = {"sdpa enable_gqa": _sdpa, "sdpa of repeated keys": _repeated}
+def _flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return _flex_compiled()(q, k, v, enable_gqa=True)
+
+
+@cache
+def _flex_compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+DENSE = {"sdpa enable_gqa": _sdpa, "sdpa of repeated keys": _repeated, "flex_attention": _flex}
+LONG_ONLY = {"flex_attention": 16384}  # compiles for every shape, and is for long contexts
+
+
+def names(tokens: int) -> list[str]:
+    """What is measured at a context."""
+    return [n for n in (*DENSE, *OURS) if tokens >= LONG_ONLY.get(n, 0)]
 
 
 def _all(steps: Sequence[Launch]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..cache.spherical import SphericalCache
-from .step import DENSE, OURS
+from .step import DENSE, OURS, names
 
 SHAPES = ((8192, 1), (32768, 1))
 REPEAT = 2  # the last counts
+__all__ = ["SHAPES", "line", "names"]
 
 
 def line(name: str, llama: Any, tokens: int, batch: int, bandwidth: float) -> dict[str, Any]:

@@ -23,6 +23,11 @@ OURS: dict[str, dict[str, Any]] = {
 DENSE = "HF static"
 
 
+def names(tokens: int) -> list[str]:
+    """What is measured at a context."""
+    return [DENSE, *OURS]
+
+
 def model() -> Any:
     """Llama-3-8B with 8 layers, bfloat16, on the GPU."""
     from transformers import AutoModelForCausalLM, LlamaConfig

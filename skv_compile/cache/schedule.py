@@ -35,8 +35,14 @@ def _sizes(
     blocks = -(-layout.max_coded // layout.block) if layout.block else 0
     # Pages of a (group, tier) do not overlap: beyond one visit for every tile of a page, they are
     # as many as there are blocks.
-    fixed = layers * bins * (blocks // spec.slots + 1)
+    fixed = layers * bins * (blocks // min(spec.slots) + 1)
     return fixed, max(-(-slots // tile) for slots, tile in tiles), segments, bins
+
+
+def aligned(n: int) -> int:
+    """int32 numbers of a layer, such that those of the next begin at 16 bytes: CUDA graphs copy an
+    input that does not."""
+    return -(-n // 4) * 4
 
 
 class Schedule:
@@ -67,7 +73,7 @@ class Schedule:
         if self.used:
             fixed, of_page, segments, bins = _sizes(layers, batch, heads, group, layout, device)
             visits = max(1, fixed + of_page * pages)
-        shapes = (visits, 4), (layers, segments, 4), (layers, bins + self.used)
+        shapes = (visits, 4), (layers, segments, 4), (layers, aligned(bins + self.used))
         self.work = Work(*(torch.zeros(s, dtype=torch.int32, device=device) for s in shapes))
 
     @staticmethod
@@ -78,7 +84,7 @@ class Schedule:
         if not has_kernels(layout, group, device):
             return 0, 0
         fixed, of_page, segments, bins = _sizes(layers, batch, heads, group, layout, device)
-        return 16 * max(1, fixed) + layers * (16 * segments + 4 * (bins + 1)), 16 * of_page
+        return 16 * max(1, fixed) + layers * (16 * segments + 4 * aligned(bins + 1)), 16 * of_page
 
     @property
     def bytes(self) -> int:
@@ -102,5 +108,5 @@ class Schedule:
         self.work.visits[: found.visits.shape[0]].copy_(found.visits)
         layers = len(table)
         self.work.segments[:layers].copy_(found.segments)
-        self.work.first[:layers].copy_(found.first)
+        self.work.first[:layers, : found.first.shape[1]].copy_(found.first)
         self.stale = False

@@ -39,8 +39,6 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         "copy_bytes_per_second": bandwidth,
     }
     measured: dict[str, Any] = {"attend": attend, "step": step, "prefill": prefill}
-    whole = (step.DENSE, *step.OURS)
-    names = {"attend": (*attend.DENSE, *attend.OURS), "step": whole, "prefill": whole}
     for part in args.parts:
         llama = () if part == "attend" else (step.model(),)
         lines: list[dict[str, Any]] = []
@@ -51,7 +49,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
             if args.most and tokens > args.most:
                 continue
             dense = None
-            for name in names[part]:
+            for name in measured[part].names(tokens):
                 with screen.step(f"{part}: {name}, {tokens} x {batch}"):
                     one = measured[part].line(name, *llama, tokens, batch, bandwidth)
                 torch.cuda.empty_cache()

@@ -158,7 +158,7 @@ POINTERS = dict(
     exact_values="bf16", turn="fp32", key_back="bf16", key_grid="fp32", key_plan="u8",
     queries="fp16", terms="fp32", powers="fp32", flags="i8", exact_part="fp32", exact_stat="fp32",
     pool="u8", pool_words="i16", table="i32", visits="i32", work="i32", part="fp32", stat="fp32",
-    out="bf16", work_first="i32", value_back="bf16", value_grid="fp32", value_plan="u8",
+    pieces="fp32", ready="i32", out="bf16", work_first="i32", value_back="bf16", value_grid="fp32", value_plan="u8",
 )
 module = generate.module(eval(sys.argv[1]))
 for name in ("prepare", "pages", "merge"):
@@ -262,7 +262,8 @@ def test_visits_reach_every_token_in_a_column_of_its_own_block():
     t, layout = state.tensors, state.layout
     tile = [16] * len(layout.tiers)
     for slots in (1, 2, 8):
-        visits, count = visits_of(t.table[None], t.pool, t.info, layout, slots, tile)
+        every = [slots] * len(tile)
+        visits, count = visits_of(t.table[None], t.pool, t.info, layout, every, tile)
         assert int(count.sum()) == len(visits)
         content = state.keeper.pool.read([0], codes=False)
         want = sorted(
