@@ -55,3 +55,15 @@ def block_start(i: Tensor, layout: Layout) -> Tensor:
     if layout.block == 0:
         return torch.zeros_like(i)
     return i // layout.block * layout.block + layout.sinks
+
+
+def turn_back_table(blocks: int, plan: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """For kernels, the turn back by the start of each block, in the angles of :func:`turn`.
+
+    Returns [2, blocks, D] float32, what a coordinate and its partner are multiplied by, and the
+    partners [D] int32.
+    """
+    speed, partner = plan.unbind(0)
+    start = torch.arange(blocks, device=plan.device) * layout.block + layout.sinks
+    angle = -start.to(torch.float32)[:, None] * speed
+    return torch.stack([angle.cos(), angle.sin() * partner.sign()]), (partner.abs() - 1).int()

@@ -2,7 +2,7 @@
 
 from .append import append
 from .attend import attend
-from .calibrate import calibrate
+from .calibrate import begin_calibration, calibrate
 from .retain import retain
 
-__all__ = ["append", "attend", "calibrate", "retain"]
+__all__ = ["append", "attend", "begin_calibration", "calibrate", "retain"]

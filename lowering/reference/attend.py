@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import codes
 from ..errors import SkvError
 from ..layout import Layout
+from ..prompt import on_kernels
 from ..state import BASE, CODED, KIND, LENGTH, PAD, PER_TIER, State, ring_tokens
 from ..turn import block_start, turn
 from .masks import apply_mask, mask_at, visible
@@ -130,6 +131,12 @@ def _begin(
 ) -> Tensor:
     """``attend`` of a forward that begins a sequence: there is nothing stored to look at."""
     tokens, group = q.shape[2], q.shape[1] // k.shape[1]
+    # Flash attention, which takes no mask, repeats heads by itself; others would by copies.
+    if mask is None and q.dtype in (torch.float16, torch.bfloat16) and on_kernels(q):
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=group > 1
+        )
+        return out.contiguous()
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     if mask is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)

@@ -45,6 +45,11 @@ def own_validity(mask: Tensor | None, position: Tensor, batch: int) -> Tensor:
     return own.expand(batch, -1)
 
 
+def finite_tokens(x: Tensor) -> Tensor:
+    """[B, T] bool: which tokens of keys or values [B, H, T, D] are finite, read once."""
+    return torch.isfinite(torch.linalg.vector_norm(x, torch.inf, -1)).all(1)
+
+
 def intake(
     k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor, meta: Tensor, layout: Layout
 ) -> Intake:
@@ -79,8 +84,7 @@ def intake(
     new_length = length + tokens - lead
 
     stored = steps >= lead[:, None]
-    finite = torch.isfinite(k).all(-1).all(1) & torch.isfinite(v).all(-1).all(1)
-    bad_value = (stored & ~finite).any()
+    bad_value = (stored & ~(finite_tokens(k) & finite_tokens(v))).any()
     bad_room = start + tokens > layout.max_tokens
     i_new = (new_length - layout.sinks).clamp(min=0)
     if tokens == 1:
@@ -108,24 +112,23 @@ class Sources:
         found: Intake,
         layout: Layout,
     ) -> None:
-        self._layout, self._found, self._tokens = layout, found, k.shape[2]
-        self._sources = [
-            torch.cat([exact[:, :, layout.sinks :], x], dim=2)
-            for exact, x in ((exact_keys, k), (exact_values, v))
-        ]
+        self._layout, self._found, self.k, self.v = layout, found, k, v
+        self._exact = exact_keys, exact_values
         self.i_old = (found.length - layout.sinks).clamp(min=0)
 
     def pick(self, i: Tensor) -> tuple[Tensor, Tensor]:
         """[B, n] or [B, H, n] token indices -> keys and values [B, H, n, D]."""
-        layout, found = self._layout, self._found
+        layout, found, tokens = self._layout, self._found, self.k.shape[2]
         if i.dim() == 2:
-            i = i[:, None].expand(-1, self._sources[0].shape[1], -1)
+            i = i[:, None].expand(-1, self.k.shape[1], -1)
         per_row = (-1, 1, 1)
-        new = layout.ring + layout.sinks + i - (found.length - found.lead).view(per_row)
-        new = new.clamp(layout.ring, layout.ring + self._tokens - 1)
-        at = torch.where(i < self.i_old.view(per_row), i % layout.ring, new)
-        at = at.unsqueeze(-1).expand(-1, -1, -1, self._sources[0].shape[-1])
-        return self._sources[0].gather(2, at), self._sources[1].gather(2, at)
+        new = (i + layout.sinks - (found.length - found.lead).view(per_row)).clamp(0, tokens - 1)
+        is_old = (i < self.i_old.view(per_row)).unsqueeze(-1)
+        shape = (-1, -1, -1, self.k.shape[-1])
+        old, new = (x.unsqueeze(-1).expand(shape) for x in (layout.sinks + i % layout.ring, new))
+        pairs = zip(self._exact, (self.k, self.v), strict=True)
+        keys, values = (torch.where(is_old, a.gather(2, old), b.gather(2, new)) for a, b in pairs)
+        return keys, values
 
 
 def _raise_now(bad_value, bad_position, bad_room, k, v, stored, start, seen, layout) -> None:

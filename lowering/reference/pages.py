@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import codes
 from ..codes import Frame
 from ..layout import EXACT_DTYPES, GAP_FILLER, Layout
+from ..prompt import on_kernels
 from ..rings import encode_rings, ring_values
 from ..state import BASE, KIND, PER_TIER, State
 from ..turn import block_start, turn
@@ -21,6 +22,8 @@ def encode_records(
     """Keys and values [B, H, n, D] of coded tokens i [B or 1, H or 1, n] -> fields [B, H, n, w]."""
     if layout.kind == "exact":
         return {name: x.contiguous().view(torch.uint8) for name, x in (("keys", k), ("values", v))}
+    if layout.kind == "digits" and on_kernels(k):
+        return _encode_on_kernels(k, v, i, state, layout, tier)
     key_frame, value_frame = state.frames(layout, tier)
     k = turn_keys(k, i, state, layout, -1)
     records = {}
@@ -29,6 +32,41 @@ def encode_records(
         records[f"{side}_digits"] = packed
         records[f"{side}_radius"] = codes.encode_radius(radius).unsqueeze(-1)
     return records
+
+
+def _encode_on_kernels(
+    k: Tensor, v: Tensor, i: Tensor, state: State, layout: Layout, tier: int
+) -> Records:
+    from .. import encode
+
+    records = {}
+    sides = zip(("key", "value"), (k, v), (i, None), state.frames(layout, tier), strict=True)
+    with torch.cuda.device(k.device):  # Triton launches on the current one
+        for side, x, at, frame in sides:
+            found = encode.encode_side(x, at, frame, state.turn, layout, side == "key")
+            records[f"{side}_digits"], records[f"{side}_radius"] = found
+    return records
+
+
+def frame_lengths(
+    k: Tensor, v: Tensor, i: Tensor, state: State, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Root mean square [B, H, n] of keys and values [B, H, n, D] of coded tokens i in their
+    frames."""
+    frames = state.frames(layout, 0)
+    if layout.kind == "digits" and on_kernels(k):
+        from .. import encode
+
+        with torch.cuda.device(k.device):
+            at = zip((k, v), (i, None), frames, strict=True)
+            keys, values = (encode.lengths(*x, state.turn, layout) for x in at)
+        return keys, values
+    pairs = zip((turn_keys(k, i, state, layout, -1), v), frames, strict=True)
+    keys, values = (
+        ((x.float() - frame.centre) @ frame.into.float()).square().mean(-1).sqrt()
+        for x, frame in pairs
+    )
+    return keys, values
 
 
 def encode_side(

@@ -12,7 +12,7 @@ from ..lowering.codes import decode_radius, decode_score, encode_score
 from ..lowering.layout import GAP_FILLER, Layout
 from ..lowering.reference.pages import Records, page_bytes, page_records, page_tokens
 from ..lowering.state import KIND, PER_TIER
-from ..retention.tokens import Content, Tokens, in_order, ranks
+from ..retention.tokens import Content, Tokens, in_order, ranks, runs
 from .schedule import Schedule
 
 #: Fields that say what a token is, not what its vectors are.
@@ -117,13 +117,13 @@ class Pool:
         for tier in range(len(layout.tiers)):
             mine = (tier_of == tier).nonzero().squeeze(1)
             pages = flat[mine]
-            found = page_records(self.memory[pages], layout, tier)
-            if not codes:
-                found = {name: x for name, x in found.items() if name in ABOUT}
-            i, live = page_tokens(found, self.info[pages], layout, tier)
-            own = owner[mine, None].expand_as(i)
-            part = {name: x[live] for name, x in found.items()}
-            tokens.append(self._tokens(own[live], i[live], tier, part))
+            found = page_records(self.memory, layout, tier)
+            gaps = {"gap": found["gap"][pages]}
+            i, live = page_tokens(gaps, self.info[pages], layout, tier)
+            at, slot = live.nonzero(as_tuple=True)
+            page = pages[at]
+            part = {n: x[page, slot] for n, x in found.items() if codes or n in ABOUT}
+            tokens.append(self._tokens(owner[mine][at], i[at, slot], tier, part))
             records.append(part)
         return Content(tokens, records)
 
@@ -163,21 +163,20 @@ class Pool:
         """Write the tokens of one tier, sorted: group and number of every page made."""
         layout, slots = self.layout, self.layout.capacity[tier]
         n = len(tokens)
-        _, _, counts = ranks(tokens.group)
-        ends = counts.cumsum(0)
-        starts = ends - counts
+        _, number, starts, counts = runs(tokens.group)
+        ends = starts + counts
         # Slots: one for every token, and fillers where the gap to the token before is too long.
         gap = tokens.i.diff(prepend=tokens.i[:1])
         gap[starts] = 0
         fill = gap // GAP_FILLER
         slot = torch.arange(n, device=self.device) + fill.cumsum(0)
-        slot = slot - (slot[starts] - fill[starts]).repeat_interleave(counts)
+        slot = slot - (slot[starts] - fill[starts])[number]
         need = slot[ends - 1] + 1  # slots of each group
         pages_of = (need + slots - 1) // slots
         first_page = pages_of.cumsum(0) - pages_of
         total = int(pages_of.sum())
         pages = self.allocate(total)
-        at = first_page.repeat_interleave(counts) * slots + slot
+        at = first_page[number] * slots + slot
 
         # Where each slot stands: tokens at their i, fillers on the way there.
         place = torch.full((total * slots,), -1, device=self.device)
@@ -208,5 +207,5 @@ class Pool:
                 out[name] = full.view(total, slots, width)
         self.memory[pages] = page_bytes(out, layout, tier)
         self.info[pages] = torch.stack([base, tier * PER_TIER + used], 1).int()
-        owner = tokens.group[starts].repeat_interleave(pages_of)
+        owner = tokens.group[starts].repeat_interleave(pages_of, output_size=total)
         return owner, pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..codec.tiers import frames_of
 from ..config import Config
 from ..errors import CacheStateError, ConfigError
-from ..lowering import ops
+from ..lowering import ops, reference
 from ..lowering.layout import Layout
 from ..lowering.reference.pages import decode_records, page_records
 from ..lowering.state import (
@@ -23,6 +24,7 @@ from ..lowering.state import (
     ring_tokens,
 )
 from ..lowering.work import Work
+from ..retention.arrival import Arrival
 from ..retention.keeper import Keeper
 from .home import make_keeper
 
@@ -153,6 +155,23 @@ class LayerState:
             turn = self.tensors.turn
             ops.calibrate(q, k, v, mask, position, turn, *frames, layout.key)
 
+    def begin_calibration(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
+    ) -> Callable[[], None]:
+        """:meth:`calibrate`, but frames are only written when the result is called."""
+        form = (self.tensors.turn, self.layout)
+        finish = reference.begin_calibration(q, k, v, mask, position, *form)
+        return partial(finish, self.tensors[FIRST_FRAME:])
+
+    def arrival(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
+    ) -> Arrival | None:
+        """What a forward of several tokens brings, read on an accelerator before attention, which
+        it would otherwise wait for; None where ``retain`` reads it."""
+        if not k.is_cuda or k.shape[2] == 1:
+            return None
+        return Arrival(k, v, mask, position, self.tensors, self.layout)
+
     def retain(
         self,
         q: Tensor,
@@ -162,12 +181,14 @@ class LayerState:
         position: Tensor,
         scale: float,
         state: State | None = None,
+        arrival: Arrival | None = None,
     ) -> None:
         """What ``skv::retain`` does: keep a query of one token; of more tokens, take what the
-        exact window will not hold. ``state``: the tensors as a graph has them."""
+        exact window will not hold. ``state``: the tensors as a graph has them. ``arrival``: of
+        this forward, if it has been read."""
         state = self.tensors if state is None else state
         if k.shape[2] > 1:
-            self.keeper.take(self.index, q, k, v, mask, position, state, scale)
+            self.keeper.take(self.index, q, k, v, mask, position, state, scale, arrival)
         elif self.layout.observed:
             ops.retain(q, position, state.queries, state.meta, self.layout.key)
 

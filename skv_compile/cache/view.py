@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CacheStateError, UnsupportedError
+from ..retention.arrival import Arrival
 from .journal import Journal
 from .state import LayerState
 
@@ -46,9 +47,11 @@ class Pending:
         self._refuse_gradients(q)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         with torch.no_grad():
+            own = (self.k, self.v, mask, self.position)
+            frames, arrival = self.state.begin_calibration(q, *own), self.state.arrival(*own)
             out = self.state.attend(q, self.k, self.v, mask, self.position, causal, scale)
-            self.state.calibrate(q, self.k, self.v, mask, self.position)
-            self.store(mask, q, scale)
+            frames()
+            self.store(mask, q, scale, arrival)
         return out
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -68,7 +71,9 @@ class Pending:
             self._dense = (k, v)
         return self._dense
 
-    def store(self, mask: Tensor | None, q: Tensor | None, scale: float) -> None:
+    def store(
+        self, mask: Tensor | None, q: Tensor | None, scale: float, arrival: Arrival | None = None
+    ) -> None:
         """Store the new tokens; ``q`` is None where the queries were not seen."""
         self.done = True
         state = self.state
@@ -76,7 +81,7 @@ class Pending:
             if q is None:  # every token is worth the same
                 batch, heads, tokens, dim = self.k.shape
                 q = self.k.new_zeros(batch, heads * state.group, tokens, dim)
-            state.retain(q, self.k, self.v, mask, self.position, scale)
+            state.retain(q, self.k, self.v, mask, self.position, scale, arrival=arrival)
             state.append(self.k, self.v, mask, self.position)
         except Exception as error:
             self.journal.rollback()

@@ -27,6 +27,18 @@ class Queries:
 
 
 @dataclass
+class Whole:
+    """All tokens of a forward that begins a sequence, as they came: ``k``, ``v`` [B, H, T, D].
+
+    Token t, sinks included, stands at ``lead`` [B] + t.
+    """
+
+    k: Tensor
+    v: Tensor
+    lead: Tensor
+
+
+@dataclass
 class Exact:
     """Tokens that are still exact: ``k``, ``v`` [B, H, n, D] of ``i`` [B, n] where ``live``.
 
@@ -39,10 +51,9 @@ class Exact:
     live: Tensor
 
     @staticmethod
-    def of_forward(
-        k: Tensor, v: Tensor, found: Intake, sources: Sources, state: State, layout: Layout
-    ) -> Exact:
+    def of_forward(sources: Sources, found: Intake, state: State, layout: Layout) -> Exact:
         """Of a forward: sinks, what the ring held, and the forward's own; i is the place."""
+        k, v = sources.k, sources.v
         batch = k.shape[0]
         t = torch.arange(layout.sinks, device=k.device).expand(batch, -1)
         new = pick_new(k, v, t - found.length[:, None] + found.lead[:, None])

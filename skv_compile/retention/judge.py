@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowering.codes import Basis
-from ..lowering.reference.pages import turn_keys
+from ..lowering.reference.pages import frame_lengths
 from ..lowering.state import State
-from .evidence import Exact, Queries
+from .evidence import Exact, Queries, Whole
 from .heads import Heads
-from .observe import Evidence, look
+from .observe import Evidence, look, look_at_prompt
 from .policies.base import Policy
 from .tokens import Content, Tokens
 
@@ -48,7 +47,7 @@ class Judge:
         layer: int,
         state: State,
         queries: Queries,
-        exact: Exact,
+        exact: Exact | Whole,
         content: Content,
         moved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         prompt: bool,
@@ -66,17 +65,7 @@ class Judge:
         group = layer * batch * heads.heads
         score = k.new_zeros(batch, heads.heads, n, dtype=torch.float32)
         if policy.queries:
-            found = look(
-                queries,
-                exact,
-                content,
-                group,
-                state,
-                heads.layout,
-                heads.scale,
-                prompt,
-                policy.observe,
-            )
+            found = self._look(queries, exact, content, group, state, prompt)
             index = at.clamp(max=found.exact.shape[2] - 1)[:, None].expand(-1, heads.heads, -1)
             score = found.exact.gather(2, index)
             if layer not in self._known:
@@ -99,6 +88,23 @@ class Judge:
             value_radius.flatten(),
             torch.ones_like(row_live).flatten(),
         )
+
+    def _look(
+        self,
+        queries: Queries,
+        exact: Exact | Whole,
+        content: Content,
+        group: int,
+        state: State,
+        prompt: bool,
+    ) -> Evidence:
+        policy, heads = self.policy, self.heads
+        assert policy is not None
+        last = (heads.layout, heads.scale)
+        if isinstance(exact, Exact):
+            return look(queries, exact, content, group, state, *last, prompt, policy.observe)
+        with torch.cuda.device(exact.k.device):  # Triton launches on the current one
+            return look_at_prompt(queries, exact, state, *last, policy.observe)
 
     def _learn(self, layer: int, state: State, found: Evidence) -> None:
         heads = self.heads
@@ -133,10 +139,4 @@ def _radii(k: Tensor, v: Tensor, i: Tensor, state: State, heads: Heads) -> tuple
     if heads.layout.kind == "exact":
         one: Any = torch.ones(k.shape[:3], device=k.device)
         return one, one
-    k = turn_keys(k, i[:, None], state, heads.layout, -1)
-    return _rms(k, state.key_basis), _rms(v, state.value_basis)
-
-
-def _rms(x: Tensor, basis: Basis) -> Tensor:
-    z = (x.float() - basis.back[:, -1:].float()) @ basis.into.float()
-    return z.square().mean(-1).sqrt()
+    return frame_lengths(k, v, i[:, None], state, heads.layout)

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..lowering.layout import PAGE_HEADER, Layout
-from ..lowering.reference.intake import Intake, Sources, intake
+from ..lowering.prompt import on_kernels
+from ..lowering.reference.intake import Intake
 from ..lowering.reference.pages import encode_records, page_bytes
 from ..lowering.state import CODED, LENGTH, State
+from .arrival import Arrival
 from .budget import Rule
 from .decide import Arriving, decide, steps_for
-from .evidence import Exact, forward_queries, kept_queries, ring_queries
+from .evidence import Exact, Whole, forward_queries, kept_queries, ring_queries
 from .heads import Heads
 from .judge import Judge
 from .policies.base import ARRIVING, Policy
@@ -96,7 +98,8 @@ class Keeper:
             if layer in due:
                 k, v, i, live = self._waiting(state)
                 if not self.layout.tracked:
-                    self._encode_whole(layer, state, k, v, i, live)
+                    rows = torch.stack([state.meta[:, CODED], self._end(state.meta)]).tolist()
+                    self._encode_whole(layer, state, k, v, i, *rows)
                     continue
                 content = self.pool.read([layer])
                 queries, exact = ring_queries(state, self.layout)
@@ -151,45 +154,52 @@ class Keeper:
         position: Tensor,
         state: State,
         scale: float,
+        arrival: Arrival | None = None,
     ) -> None:
         """Of a forward of several tokens, store what the exact window will not keep.
 
-        Called between ``attend`` and ``append``. ``state``: the tensors of the layer.
+        Called between ``attend`` and ``append``. ``state``: the tensors of the layer. ``arrival``:
+        of this forward, if it has been read.
 
         Raises:
             NonFiniteError, CapacityError, CacheStateError: as ``append``, before it.
         """
         layout = self.layout
-        found = intake(k, v, mask, position, state.meta, layout)
-        if k.is_cuda and bool(found.bad):
+        if arrival is None:
+            arrival = Arrival(k, v, mask, position, state, layout)
+        if arrival.bad:
             return  # append says so
-        empty = not bool(found.coded.any())
-        if empty:
+        if arrival.first:
             self.forget(layer)
         if layer <= self._last_layer:  # a new forward
             self._memo, self._arriving = {ARRIVING: True}, Arriving(self.heads)
         self._last_layer, self._ahead = layer, layout.stride
         self.pool.schedule.changed()
-        n = int((found.new_coded - found.coded).max())
-        if n > 0:
-            sources = Sources(k, v, state.exact_keys, state.exact_values, found, layout)
-            i = found.coded[:, None] + torch.arange(n, device=k.device)
-            live = i < found.new_coded[:, None]
-            moved = sources.pick(torch.where(live, i, found.new_coded[:, None] - 1).clamp(min=0))
-            if not layout.tracked:
-                self._encode_whole(layer, state, *moved, i, live)
-            else:
-                policy = self.policy
-                assert policy is not None
+        if arrival.count > 0:
+            if layout.tracked:
                 self.heads.scale = scale
-                queries = forward_queries(q, found, layout, policy.queries)
-                exact = Exact.of_forward(k, v, found, sources, state, layout)
-                content = self.pool.read([layer])
-                place = (*moved, i, live, layout.sinks + i)
-                tokens = self.judge.judge(layer, state, queries, exact, content, place, empty)
-                self._admit(content.tokens, Fresh(layer, tokens, *moved), found)
+                self._judge_new(layer, state, q, arrival)
+            else:
+                moved = arrival.leaving()
+                self._encode_whole(layer, state, *moved, arrival.begin, arrival.end)
         if layout.observed:
-            kept_queries(q, found, state, layout)
+            kept_queries(q, arrival.found, state, layout)
+
+    def _judge_new(self, layer: int, state: State, q: Tensor, arrival: Arrival) -> None:
+        """Judge and store the tokens that leave the exact window in a forward with queries q."""
+        layout, policy, found = self.layout, self.policy, arrival.found
+        assert policy is not None
+        k, v, i = arrival.leaving()
+        queries = forward_queries(q, found, layout, policy.queries)
+        content = self.pool.read([layer])
+        exact: Exact | Whole
+        if arrival.whole is not None and layout.kind == "digits" and on_kernels(k):
+            exact = arrival.whole
+        else:
+            exact = Exact.of_forward(arrival.sources, found, state, layout)
+        place = (k, v, i, i < found.new_coded[:, None], layout.sinks + i)
+        tokens = self.judge.judge(layer, state, queries, exact, content, place, arrival.first)
+        self._admit(content.tokens, Fresh(layer, tokens, k, v), found)
 
     def _admit(self, old: list[Tokens], fresh: Fresh, found: Intake) -> None:
         """Store the tokens of one layer, and once all are known, settle between them."""
@@ -233,19 +243,25 @@ class Keeper:
     # ------------------------------------------------------------ pages
 
     def _encode_whole(
-        self, layer: int, state: State, k: Tensor, v: Tensor, i: Tensor, live: Tensor
+        self,
+        layer: int,
+        state: State,
+        k: Tensor,
+        v: Tensor,
+        i: Tensor,
+        begin: list[int],
+        end: list[int],
     ) -> None:
-        """Code whole pages of consecutive tokens where they have always had their place."""
+        """Code whole pages of consecutive tokens, from ``begin`` to ``end`` of every row, where
+        they have always had their place."""
         layout, pool = self.layout, self.pool
         size = layout.page_tokens
         records = encode_records(k, v, i[:, None], state, layout, 0)
         paged = {name: x.unflatten(2, (-1, size)) for name, x in records.items()}
         pages = page_bytes(paged, layout, 0)
-        there = live[:, ::size]
-        number = (i[:, ::size] // size).clamp(max=layout.max_pages - 1)
-        at = pool.table[layer].gather(2, number[:, None].expand(-1, pool.heads, -1)).long()
-        chosen = there[:, None].expand_as(at)
-        pool.memory[at[chosen]] = pages[chosen]
+        for row, (first, last) in enumerate(zip(begin, end, strict=True)):
+            at = pool.table[layer][row, :, first // size : last // size].long()
+            pool.memory[at] = pages[row, :, : at.shape[1]]
 
     def drop_after(self, layer: int, end: Tensor) -> None:
         """Drop a layer's coded tokens i >= end [B]."""

@@ -12,7 +12,7 @@ from ..lowering.reference.pages import Records, decode_records, encode_records
 from ..lowering.state import FIRST_FRAME, State
 from .heads import Heads
 from .observe import Padded
-from .tokens import Content, Tokens
+from .tokens import Content, Tokens, runs
 
 GROUPS = 256  # coded at once
 
@@ -27,19 +27,16 @@ def encode_tokens(tokens: Tokens, k: Tensor, v: Tensor, state: State, layout: La
     parts: list[Tokens] = []
     records: list[Records] = []
     for tier in range(len(layout.tiers)):
-        chosen = (tokens.level == tier + 1).view(batch, heads, n)
-        index = chosen.flatten().nonzero().squeeze(1)
+        index = (tokens.level == tier + 1).nonzero().squeeze(1)
         parts.append(tokens[index])
         if len(index) == 0:
             records.append({})
             continue
-        most = int(chosen.sum(-1).max())
-        order = (~chosen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
-        at = order.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-        i = tokens.i.view(batch, heads, n).gather(2, order)
+        fold = Padded(index // n, 0, batch, heads)
+        at = fold.pad(index % n).unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+        i = fold.pad(tokens.i[index])
         found = encode_records(k.gather(2, at), v.gather(2, at), i, state, layout, tier)
-        there = chosen.gather(2, order)
-        records.append({name: x[there] for name, x in found.items()})
+        records.append({name: x.flatten(0, 2)[fold.at] for name, x in found.items()})
     return Content(parts, records)
 
 
@@ -48,7 +45,8 @@ def relevel(
 ) -> Content:
     """Coded tokens at new levels, at most as high as theirs; those of level 0 are left out.
 
-    ``levels``: of every tier's tokens. ``states``: of all layers.
+    ``levels``: of every tier's tokens, which are in the order of their groups. ``states``: of all
+    layers.
     """
     layout = heads.layout
     tokens: list[list[Tokens]] = [[] for _ in layout.tiers]
@@ -94,26 +92,22 @@ def join(contents: Sequence[Content], layout: Layout) -> Content:
 def _recode(
     tokens: Tokens, records: Records, high: int, low: int, states: Sequence[State], heads: Heads
 ) -> Records:
-    """Codes of a tier as codes of a lower one."""
+    """Codes of a tier, group by group, as codes of a lower one."""
     layout = heads.layout
     found: list[Records] = []
-    order = tokens.group.argsort(stable=True)
-    group = tokens.group[order]
-    distinct = group.unique_consecutive()
-    for first in range(0, len(distinct), GROUPS):
-        some = distinct[first : first + GROUPS]
-        mine = order[(group >= some[0]) & (group <= some[-1])]
-        local = torch.searchsorted(some, tokens.group[mine])
-        fold = Padded(local, 0, 1, len(some))
-        state = _state_of(some, states, heads)
+    groups = runs(tokens.group)
+    starts = [*groups.start.tolist(), len(tokens)]
+    for first in range(0, len(groups.start), GROUPS):
+        last = min(first + GROUPS, len(groups.start))
+        mine = slice(starts[first], starts[last])
+        fold = Padded(groups.number[mine] - first, 0, 1, last - first)
+        state = _state_of(tokens.group[groups.start[first:last]], states, heads)
         i = fold.pad(tokens.i[mine])
         padded = {name: fold.pad(x[mine]) for name, x in records.items()}
         k, v = decode_records(padded, i, state, layout, high)
         coded = encode_records(k, v, i, state, layout, low)
         found.append({name: x.flatten(0, 2)[fold.at] for name, x in coded.items()})
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return {name: torch.cat([f[name] for f in found])[back] for name in found[0]}
+    return {name: torch.cat([f[name] for f in found]) for name in found[0]}
 
 
 def _state_of(groups: Tensor, states: Sequence[State], heads: Heads) -> State:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..lowering.layout import GAP_FILLER, Layout
 from ..lowering.reference.pages import Records
+
+PLACE_BITS = 32  # of a sort key, below those of the group
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Tokens:
         return self.group.shape[0]
 
     def __getitem__(self, index: Tensor) -> Tokens:
+        if index.dtype == torch.bool:  # looked through once, not for every field
+            index = index.nonzero().squeeze(1)
         return Tokens(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @staticmethod
@@ -54,32 +59,50 @@ class Content:
     records: list[Records]
 
 
+class Runs(NamedTuple):
+    """Equals among sorted keys [J]: of each key its place in its run and the run's number; of
+    each run where it starts and how many there are."""
+
+    place: Tensor
+    number: Tensor
+    start: Tensor
+    count: Tensor
+
+
+def runs(key: Tensor) -> Runs:
+    """The runs of sorted keys [J] int64. Waits for the device once."""
+    begins = torch.ones_like(key, dtype=torch.bool)
+    begins[1:] = key[1:] != key[:-1]
+    start = begins.nonzero().squeeze(1)
+    number = begins.cumsum(0) - 1
+    place = torch.arange(len(key), device=key.device) - start[number]
+    return Runs(place, number, start, start.diff(append=start.new_full((1,), len(key))))
+
+
 def ranks(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of sorted keys [J] int64: place of each among its equals, the distinct keys, their counts."""
-    distinct, counts = torch.unique_consecutive(key, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    place = torch.arange(len(key), device=key.device) - starts.repeat_interleave(counts)
-    return place, distinct, counts
+    found = runs(key)
+    return found.place, key[found.start], found.count
 
 
 def in_order(tokens: Tokens) -> Tensor:
     """The order by group, then by place."""
-    order = tokens.i.argsort(stable=True)
-    return order[tokens.group[order].argsort(stable=True)]
+    return (tokens.group << PLACE_BITS | tokens.i).argsort()
 
 
 def pages_for(tokens: Tokens, layout: Layout) -> int:
     """Pages that tokens at their levels take, with the slots that long gaps need."""
-    kept = tokens[tokens.level > 0]
+    kept = (tokens.level > 0).nonzero().squeeze(1)
     if len(kept) == 0:
         return 0
-    order = in_order(kept)
-    key = (kept.group * len(layout.tiers) + kept.level - 1)[order]
-    again = key.argsort(stable=True)
-    place, distinct, counts = ranks(key[again])
-    gap = kept.i[order][again].diff(prepend=kept.i[:1])
-    gap[place == 0] = 0
-    lists = torch.arange(len(counts), device=key.device).repeat_interleave(counts)
-    fillers = torch.zeros_like(counts).scatter_add_(0, lists, gap // GAP_FILLER)
-    capacity = torch.tensor(layout.capacity, device=key.device)[distinct % len(layout.tiers)]
-    return int(((counts + fillers + capacity - 1) // capacity).sum())
+    tiers = len(layout.tiers)
+    lists = tokens.group[kept] * tiers + tokens.level[kept] - 1
+    key = (lists << PLACE_BITS | tokens.i[kept]).sort().values
+    lists, i = key >> PLACE_BITS, key & (1 << PLACE_BITS) - 1
+    found = runs(lists)
+    gap = i.diff(prepend=i[:1])
+    gap[found.start] = 0
+    fillers = (gap // GAP_FILLER).cumsum(0)
+    fillers = fillers[found.start + found.count - 1] - fillers[found.start]
+    capacity = torch.tensor(layout.capacity, device=key.device)[lists[found.start] % tiers]
+    return int(((found.count + fillers + capacity - 1) // capacity).sum())

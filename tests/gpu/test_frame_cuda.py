@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 import skv_compile as skv
 from skv_compile.cache.state import LayerState
+from skv_compile.lowering import eigen
 
 from .test_generate_cuda import llama, prompt, settings
 
@@ -30,6 +31,18 @@ def test_calibration_and_codes_agree_with_the_cpu():
     for exact, here in zip(cpu.dense(), cuda.dense(), strict=True):
         error = (here.cpu() - exact).square().mean() / exact.square().mean()
         assert error < 0.02  # a few codes at the edge of a cell fall the other way
+
+
+def test_eigenvectors_diagonalise_a_matrix():
+    basis = torch.linalg.qr(torch.randn(16, 128, 128, device="cuda", dtype=torch.float64))[0]
+    wanted = 10 ** (-6 * torch.linspace(0, 1, 128, device="cuda", dtype=torch.float64))
+    x = (basis * wanted) @ basis.mT
+    values, vectors = eigen.eigh(x.float())
+    vectors = vectors.double()
+    rest = vectors.mT @ x @ vectors - torch.diag_embed(values.double())
+    assert rest.norm() < 1e-4 * x.norm()
+    eye = torch.eye(128, device="cuda", dtype=torch.float64)
+    assert (vectors.mT @ vectors - eye).abs().max() < 1e-4
 
 
 def test_generate_decodes_through_cuda_graphs_without_a_skip():

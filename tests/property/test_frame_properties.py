@@ -15,8 +15,9 @@ from skv_compile.lowering import codes
 from skv_compile.lowering.layout import Digits, Layout
 from skv_compile.lowering.reference import append, attend
 from skv_compile.lowering.reference.attend import code_logits
-from skv_compile.lowering.reference.calibrate import _query_moment, fit_frames
+from skv_compile.lowering.reference.calibrate import fit_frames
 from skv_compile.lowering.reference.pages import decode_records, encode_records, page_bytes
+from skv_compile.lowering.reference.statistics import block_mass, query_moment
 from skv_compile.lowering.rings import ring_frame
 from skv_compile.lowering.state import State
 from skv_compile.lowering.turn import block_start, half_split_plan, interleaved_plan, turn
@@ -226,7 +227,8 @@ def test_the_query_moment_sees_queries_as_the_blocks_of_their_tokens_do(block: i
     g = torch.Generator().manual_seed(seed)
     q, w = torch.randn(1, 2, 5, 16, generator=g), torch.rand(1, 2, 5, 90, generator=g)
     w[..., : layout.sinks] = 0
-    got = _query_moment(q, w, plan_of(layout), layout)
+    mass = block_mass(w[:, None], layout)
+    got = query_moment(q[:, None], mass, plan_of(layout), layout)[0] / w.sum()
     starts = (torch.arange(90) - 4).clamp(min=0) // 16 * 16 + 4 if block else torch.zeros(90)
     pairs = [(i, i + 8) for i in range(8)]
     seen = rotated(q.unsqueeze(3).expand(-1, -1, -1, 90, -1), -starts, pairs, speeds(16))

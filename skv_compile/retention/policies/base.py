@@ -31,9 +31,36 @@ class Seen:
     counted: Tensor
     prompt: bool
 
+    @property
+    def counts(self) -> Tensor:
+        """[B, n] queries that count for every token."""
+        return self.counted.sum(1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Query heads of a kv head, queries, tokens."""
+        group, queries, n = self.weights.shape[2:]
+        return group, queries, n
+
+    def total(self, power: int = 1) -> Tensor:
+        """Sum of a power of the weights over the group and the queries that count: [B, H, n].
+
+        Of a prompt on a GPU only sums and the largest weight are at hand; a policy that asks for
+        ``weights`` has them made, some heads at once.
+        """
+        return (self.weights**power * self.counted[:, None, None]).sum((2, 3))
+
+    def average(self, power: int = 1) -> Tensor:
+        """:meth:`total` over the number of weights that count: [B, H, n]."""
+        return self.total(power) / (self.counts.clamp(min=1)[:, None] * self.shape[0])
+
+    def most(self) -> Tensor:
+        """The largest weight of the group and the queries that count: [B, H, n]."""
+        return self.largest(self.weights)
+
     def mean(self, x: Tensor) -> Tensor:
         """Mean of x [B, H, G, S, n] over the group and the queries that count: [B, H, n]."""
-        queries = self.counted.sum(1).clamp(min=1)[:, None]
+        queries = self.counts.clamp(min=1)[:, None]
         return (x * self.counted[:, None, None]).sum((2, 3)) / (queries * x.shape[2])
 
     def largest(self, x: Tensor) -> Tensor:
@@ -65,7 +92,7 @@ class Policy:
 
     def observe(self, seen: Seen) -> Tensor:
         """Scores [B, H, n] >= 0 of tokens from what queries saw of them."""
-        return seen.mean(seen.weights)
+        return seen.average()
 
     def update(self, old: Tensor, observed: Tensor) -> Tensor:
         """The score after a refresh."""

@@ -40,11 +40,10 @@ class H2O(Policy):
     """Queries that each of those kept while decoding stands for."""
 
     def observe(self, seen: Seen) -> Tensor:
-        queries, tokens = seen.weights.shape[-2:]
+        group, queries, tokens = seen.shape
         # A prompt has as many queries as tokens.
         stands_for = max(1.0, tokens / max(1, queries)) if seen.prompt else self.every
-        mass = (seen.weights * seen.counted[:, None, None]).sum((2, 3)) / seen.weights.shape[2]
-        return stands_for * mass
+        return stands_for * seen.total() / group
 
     def update(self, old: Tensor, observed: Tensor) -> Tensor:
         return old + observed

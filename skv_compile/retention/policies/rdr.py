@@ -50,11 +50,10 @@ class RDR(Policy):
     """Bits per coordinate that a change of tier must save, beyond what it loses."""
 
     def observe(self, seen: Seen) -> Tensor:
-        square = seen.weights.square()
-        score = seen.mean(square)
+        score = seen.average(2)
         if seen.prompt:
             score = pool_tokens(score, self.pool)
-            floor = self.prompt_floor * score + self.peak * seen.largest(square)
+            floor = self.prompt_floor * score + self.peak * seen.most().square()
             score = score + floor.mean(-1, keepdim=True)
         return score
 

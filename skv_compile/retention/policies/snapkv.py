@@ -35,7 +35,7 @@ class SnapKV(Policy):
     """Neighbours over which a prompt's scores are averaged; odd."""
 
     def observe(self, seen: Seen) -> Tensor:
-        score = seen.mean(seen.weights)
+        score = seen.average()
         return pool_tokens(score, self.pool) if seen.prompt else score
 
     def steps(self, tokens: Tokens, heads: Heads, memo: dict[Any, Any]) -> Tensor:
