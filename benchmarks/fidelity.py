@@ -24,6 +24,7 @@ import verdict
 from lines import Line, baseline_lines, product_lines
 
 from skv_compile import evaluate
+from skv_compile.codec import tiers
 from skv_compile.codec.tiers import LARGE_PAGE_TOKENS
 from skv_compile.commands import common
 from skv_compile.commands.screen import Screen
@@ -100,6 +101,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--device", help="cpu or cuda (default: cuda where there is one)")
     add("--threads", type=common.positive, help="CPU threads")
     add("--only", metavar="WORD", nargs="+", help="only lines whose name contains one of the words")
+    add("--block", type=common.positive, metavar="N", help="tokens that share a rotary turn")
     add("--layers", action="store_true", help="also the output error of every layer")
     add("--json", default=str(RESULTS), metavar="FILE")
     return parser.parse_args(argv)
@@ -108,6 +110,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measure, write the JSON, print the tables; 1 when a line failed."""
     args = parse(argv)
+    if args.block:
+        tiers.BLOCK_TOKENS = args.block
     screen = Screen()
     texts, loaded = setting.prepare(args, screen)
     model = loaded.model

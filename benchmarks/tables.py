@@ -103,9 +103,9 @@ def passkey() -> str:
     return "\n".join(rows)
 
 
-def _speed(part: str, head: str) -> str:
+def _speed(part: str, head: str, file: str = "bench") -> str:
     """Milliseconds of one part of ``skv bench``, and how many times faster than its first line."""
-    lines = _result("bench")[part]
+    lines = _result(file)[part]
     shapes = list(dict.fromkeys((x["tokens"], x["batch"]) for x in lines))
     names = list(dict.fromkeys(x["name"] for x in lines))
     rows = [f"| {head} | " + " | ".join(f"{n // 1024}k x {b}" for n, b in shapes) + " |"]
@@ -136,6 +136,11 @@ def step() -> str:
     return _speed("step", "step, ms")
 
 
+def prompts() -> str:
+    """A prompt on a GPU."""
+    return _speed("prefill", "prompt, ms", "bench_prefill")
+
+
 def demo() -> str:
     """The demo's two sides."""
     result = _result("demo")
@@ -161,6 +166,7 @@ def filled(text: str) -> str:
         "demo": demo,
         "attend": attend,
         "step": step,
+        "prompts": prompts,
     }
     for name, make in tables.items():
         table = make()

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -101,6 +101,14 @@ def say(reason: str) -> None:
     log.warning("skv::attend runs on its PyTorch reference, not on Triton kernels: %s.", reason)
 
 
+@cache
+def _same_kernels(layout: str) -> str:
+    """The key of the layout that stands for all that have the same kernels: a cache of another
+    length compiles nothing."""
+    found = replace(Layout.parse(layout), max_tokens=0, calibrate=0, observed=0)
+    return found.key
+
+
 def spec_of(q: Tensor, k: Tensor, mask: Tensor | None, layout: str, raw: bool) -> Spec:
     """The spec of a forward; ``raw``: for a GPU."""
     kind, least = "none", 0.0
@@ -108,6 +116,7 @@ def spec_of(q: Tensor, k: Tensor, mask: Tensor | None, layout: str, raw: bool) -
         kind = "bool" if mask.dtype == torch.bool else "float"
         least = 0.0 if kind == "bool" else torch.finfo(mask.dtype).min
     chained = raw and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    layout = _same_kernels(layout)
     return Spec(layout, q.shape[1] // k.shape[1], q.shape[2], kind, least, raw, chained=chained)
 
 

@@ -10,7 +10,7 @@ import torch
 from ..cache.spherical import SphericalCache
 from .step import DENSE, OURS, names
 
-SHAPES = ((8192, 1), (32768, 1))
+SHAPES = ((2048, 1), (8192, 1), (32768, 1))
 REPEAT = 2  # the last counts
 __all__ = ["SHAPES", "line", "names"]
 

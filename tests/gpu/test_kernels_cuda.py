@@ -21,13 +21,24 @@ BOUND = 2**-10
 HALF = 2**-8
 LARGE = {"dim": 128, "heads": 8, "group": 4, "slots": 8192, "length": 4000}
 LARGE = {**LARGE, "dtype": torch.bfloat16}
+ROWS = {"heads": 2, "slots": 1024, "length": 600, "batch": 64}
 SIZES = {
     "2 bits": {**LARGE, "retention": "none", "bits": 2.2},
+    "1 bit": {**LARGE, "retention": "none", "bits": 1.2},
     "4 bits": {**LARGE, "retention": "none", "bits": 4.2},
     "2 bits, padded rows": {**LARGE, "retention": "none", "bits": 2.2, "batch": 3, "mask": "bool"},
     "rdr": {**LARGE, "bits": 1.125, "batch": 2, "mask": "bool"},
     "rdr, 4 queries": {**LARGE, "bits": 1.125, "queries": 4, "mask": "hole"},
     "group 1": {**LARGE, "retention": "none", "bits": 2.2, "group": 1},
+    "64 rows": {
+        **LARGE,
+        "heads": 2,
+        "mask": "bool",
+        "slots": 1024,
+        "length": 600,
+        "batch": 64,
+        "bits": 1.125,
+    },
     "float16": {**LARGE, "retention": "none", "bits": 2.2, "dtype": torch.float16},
 }
 

@@ -126,6 +126,15 @@ def test_source_is_the_same_for_the_same_spec_and_differs_for_any_other():
         assert generate.source(dataclasses.replace(first, **{name: value})) != text, name
 
 
+def test_caches_of_other_lengths_have_the_same_kernels():
+    q, k = torch.zeros(1, 4, 1, 64), torch.zeros(1, 2, 1, 64)
+    specs = set()
+    for length in (2000, 3000, 40000, 90000):
+        layout = choose_layout(Config(bits=2.2), 64, length, "float32", True)
+        specs.add(kernels.spec_of(q, k, None, layout.key, False))
+    assert len(specs) == 2  # small caches and large ones
+
+
 @pytest.mark.parametrize("digit", range(8))
 def test_unpacked_digits_are_exact(digit):
     """The bit tricks of the assembly, on all words at once."""
@@ -158,7 +167,8 @@ POINTERS = dict(
     exact_values="bf16", turn="fp32", key_back="bf16", key_grid="fp32", key_plan="u8",
     queries="fp16", terms="fp32", powers="fp32", flags="i8", exact_part="fp32", exact_stat="fp32",
     pool="u8", pool_words="i16", table="i32", visits="i32", work="i32", part="fp32", stat="fp32",
-    pieces="fp32", ready="i32", out="bf16", work_first="i32", value_back="bf16", value_grid="fp32", value_plan="u8",
+    pieces="fp32", ready="i32", out="bf16", work_first="i32", value_back="bf16", value_grid="fp32",
+    value_plan="u8",
 )
 module = generate.module(eval(sys.argv[1]))
 for name in ("prepare", "pages", "merge"):
