@@ -116,7 +116,8 @@ def _speed(part: str, head: str, file: str = "bench") -> str:
             found = [x for x in lines if (x["name"], x["tokens"], x["batch"]) == (name, *shape)]
             text = "-"
             if found:
-                text = f"{found[0]['ms']:.3g}"
+                ms = found[0]["ms"]
+                text = f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
                 if name != names[0]:
                     text += f" ({found[0]['faster']:.2f}x)"
                 if "mean_ms" in found[0] and name != names[0]:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .generate import power_of_two
 
-#: Rounds of all pairs. What is then left beside the diagonal is less than 1e-4 of the matrix.
-SWEEPS = 8
+#: Rounds of all pairs; less than 1e-2 of a matrix is then left beside its diagonal. At head dim 64
+#: frames were no worse than those of exact vectors after 4.
+SWEEPS = 5
 LARGEST = 128  # rows; a matrix and its vectors lie in registers
 
 

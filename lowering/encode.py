@@ -20,7 +20,7 @@ PART = 64  # coordinates that go through the frame at once
 ELEMENTS = 2048  # of the vectors that a program of the second kernel takes
 
 
-@triton.jit(do_not_specialize=["n", "i_b", "i_h", "i_t", "blocks"])
+@triton.jit(do_not_specialize=["n", "i_b", "i_h", "i_t", "H", "blocks"])
 def _in_frame(
     x, i, into, centre, table, partner, out,
     n, x_b, x_h, x_t, i_b, i_h, i_t, c_h, H, blocks,
@@ -77,11 +77,11 @@ def _tried(unit, gain, step, levels, weight):
     return code, along * tl.abs(along) / tl.maximum(energy, 1e-30)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "H", "unbiased"])
 def _quantise(
-    z, grid, plan, digits, radius, n, g_h, p_h, p_s, H,
+    z, grid, plan, digits, radius, n, g_h, p_h, p_s, H, unbiased,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
-    BP: tl.constexpr, UNBIASED: tl.constexpr, CAP: tl.constexpr, GAINS: tl.constexpr,
+    BP: tl.constexpr, CAP: tl.constexpr, GAINS: tl.constexpr,
     STEPS: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1).to(tl.int64)
@@ -104,9 +104,9 @@ def _quantise(
     zh = _on_grid(code, step, levels)
     along = tl.sum(weight[None, :] * unit * zh, 1)
     r = along / tl.maximum(tl.sum(weight[None, :] * zh * zh, 1), 1e-38)
-    if UNBIASED:
-        whole = tl.sum(weight[None, :] * unit * unit, 1)
-        r = tl.minimum(whole / tl.where(along > 0, along, 1.0), CAP * r)
+    whole = tl.sum(weight[None, :] * unit * unit, 1)
+    fair = tl.minimum(whole / tl.where(along > 0, along, 1.0), CAP * r)
+    r = tl.where(unbiased != 0, fair, r)
     r = length * tl.where((along > 0) & (r < float("inf")), r, 1.0)
     tl.store(radius + line, _log_code(r, STEPS, ONE), mask=t < n)
     whole_code = code.to(tl.int32)
@@ -172,8 +172,8 @@ def encode_side(
     assert places.stride(2) == 1
     rows = ELEMENTS // wide
     _quantise[(-(-n // rows), batch * heads)](
-        z, grid, places, digits, radius, n, grid.stride(0), *places.stride()[:2], heads,
-        D=dim, DP=wide, ROWS=rows, BYTES=width, BP=power_of_two(width, 16), UNBIASED=unbiased,
+        z, grid, places, digits, radius,
+        n, grid.stride(0), *places.stride()[:2], heads, int(unbiased), D=dim, DP=wide, ROWS=rows, BYTES=width, BP=power_of_two(width, 16),
         CAP=UNBIASED_CAP, GAINS=GAINS, STEPS=RADIUS_STEPS_PER_OCTAVE, ONE=RADIUS_ZERO,
         num_warps=4,
     )  # fmt: skip

@@ -78,7 +78,7 @@ def _extent(
             tl.store(sums + at * D + d, total, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["tokens", "batch", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "w_b", "w_h", "w_t", "batch", "blocks"])
 def _moment(
     x, lead, weight, centre, size, table, partner, numbers, out,
     tokens, x_b, x_h, x_t, w_b, w_h, w_t, H, batch, blocks,

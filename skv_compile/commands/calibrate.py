@@ -309,18 +309,19 @@ def _joined(found: list[Layout], dim: int) -> Layout:
 def _listening(states: dict[int, Any]) -> Iterator[dict[int, list[tuple[Tensor, ...]]]]:
     """{layer: [(queries, keys, values) [1, H, T, D] of every eager forward meanwhile]}.
 
-    ``calibrate`` is what every attention calls with all three; of these states it does not fit
-    anything, so an attribute of the same name may stand in front of the method.
+    ``begin_calibration`` is what every attention calls with all three; of these states it does not
+    fit anything, so an attribute of the same name may stand in front of the method.
     """
     seen: dict[int, list[tuple[Tensor, ...]]] = {index: [] for index in states}
 
-    def hear(index: int, *tensors: Any) -> None:
+    def hear(index: int, *tensors: Any) -> Callable[[], None]:
         seen[index].append(tensors[:3])
+        return lambda: None
 
     for index, state in states.items():
-        state.__dict__["calibrate"] = functools.partial(hear, index)
+        state.__dict__["begin_calibration"] = functools.partial(hear, index)
     try:
         yield seen
     finally:
         for state in states.values():
-            del state.__dict__["calibrate"]
+            del state.__dict__["begin_calibration"]

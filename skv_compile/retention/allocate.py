@@ -19,6 +19,7 @@ from torch import Tensor
 
 ALWAYS = torch.finfo(torch.float32).max
 NEVER = -1.0  # multipliers are not negative
+CHUNK = 1 << 20  # tokens whose slopes are held at once
 
 
 def steps_of(cost: Tensor, size: Tensor) -> Tensor:
@@ -29,24 +30,19 @@ def steps_of(cost: Tensor, size: Tensor) -> Tensor:
     A level that is no larger than a lower one is preferred to it; one that costs infinitely much
     is never taken.
     """
-    levels = cost.shape[-1] - 1
     size = size.expand_as(cost)
-    found = []
-    for n in range(1, levels + 1):
-        best = None
-        for hi in range(n, levels + 1):
-            worst = None
-            for lo in range(n):
-                more = size[..., hi] - size[..., lo]
-                slope = (cost[..., lo] - cost[..., hi]) / more
-                slope = torch.where(slope < 0, NEVER, slope)
-                slope = torch.where(more > 0, slope, ALWAYS)
-                slope = torch.where(torch.isfinite(cost[..., hi]), slope, NEVER)
-                worst = slope if worst is None else torch.minimum(worst, slope)
-            best = worst if best is None else torch.maximum(best, worst)
-        found.append(best)
-    steps = torch.stack(found, -1).clamp(min=NEVER, max=ALWAYS)
-    return torch.nan_to_num(steps, nan=NEVER)
+    if cost.dim() == 2 and len(cost) > CHUNK:
+        pairs = zip(cost.split(CHUNK), size.split(CHUNK), strict=True)
+        return torch.cat([steps_of(*pair) for pair in pairs])
+    # Slopes [..., hi - 1, lo]; those with hi <= lo are not read.
+    more = size[..., 1:, None] - size[..., None, :-1]
+    slope = (cost[..., None, :-1] - cost[..., 1:, None]) / more
+    slope = torch.where(slope < 0, NEVER, slope)
+    slope = torch.where(more > 0, slope, ALWAYS)
+    slope = torch.where(torch.isfinite(cost[..., 1:, None]), slope, NEVER)
+    levels = range(1, cost.shape[-1])
+    steps = torch.stack([slope[..., n - 1 :, :n].amin(-1).amax(-1) for n in levels], -1)
+    return torch.nan_to_num(steps.clamp(min=NEVER, max=ALWAYS), nan=NEVER)
 
 
 def levels_at(steps: Tensor, multiplier: Tensor) -> Tensor:

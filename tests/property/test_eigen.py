@@ -48,9 +48,9 @@ def test_vectors_diagonalise_the_matrix(dim):
     eye = torch.eye(dim, dtype=torch.float64)
     assert (vectors.mT @ vectors - eye).abs().max() < 1e-4
     rest = vectors.mT @ x.double() @ vectors - torch.diag_embed(values.double())
-    assert rest.norm() < 1e-4 * x.norm()
+    assert rest.norm() < 1e-2 * x.norm()
     for own in values.double():
-        torch.testing.assert_close(own.sort(descending=True)[0], wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(own.sort(descending=True)[0], wanted, rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -182,7 +182,7 @@ POINTERS = {
 CONSTANTS = dict(
     D=128, DP=128, ROWS=64, KEYS=64, SINKS=4, RECENT=64, BLOCK=128, CELL=128, PRECISE="tf32",
     RUN=1024, COLUMNS=64, TURN=True, WEIGHED=True, QUERIES=False, SPLIT=True, PART=64, BYTES=64,
-    BP=64, UNBIASED=True, CAP=1.3, GAINS=GAINS, STEPS=16, ONE=128,
+    BP=64, CAP=1.3, GAINS=GAINS, STEPS=16, ONE=128,
 )
 for module, name, more in (
     (sampled, "_outputs", {}),
