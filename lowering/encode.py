@@ -173,7 +173,8 @@ def encode_side(
     rows = ELEMENTS // wide
     _quantise[(-(-n // rows), batch * heads)](
         z, grid, places, digits, radius,
-        n, grid.stride(0), *places.stride()[:2], heads, int(unbiased), D=dim, DP=wide, ROWS=rows, BYTES=width, BP=power_of_two(width, 16),
+        n, grid.stride(0), *places.stride()[:2], heads, int(unbiased),
+        D=dim, DP=wide, ROWS=rows, BYTES=width, BP=power_of_two(width, 16),
         CAP=UNBIASED_CAP, GAINS=GAINS, STEPS=RADIUS_STEPS_PER_OCTAVE, ONE=RADIUS_ZERO,
         num_warps=4,
     )  # fmt: skip
