@@ -34,6 +34,7 @@ def _in_frame(
     block = t * 0
     if TURN:
         block = tl.load(i + b * i_b + h * i_h + t * i_t, mask=there, other=0) // BLOCK
+        block = tl.minimum(block, blocks - 1)  # of a row that has no token left
     at = b * x_b + h * x_h + t.to(tl.int64) * x_t
     z = tl.zeros([ROWS, DP], tl.float32)
     for first in range(0, DP, PART):

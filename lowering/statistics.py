@@ -22,6 +22,7 @@ from .turn import turn, turn_back_table
 ROWS = 32  # vectors that a second moment takes at once
 RUN = 1024  # of one program
 COLUMNS = 64  # of a second moment that one program makes
+MOMENTS = 1 << 26  # numbers of second moments that wait to be added: 256 MB
 
 
 @triton.jit
@@ -78,17 +79,17 @@ def _extent(
             tl.store(sums + at * D + d, total, mask=d < D)
 
 
-@triton.jit(do_not_specialize=["tokens", "w_b", "w_h", "w_t", "batch", "blocks"])
+@triton.jit(do_not_specialize=["tokens", "w_b", "w_h", "w_t", "batch", "blocks", "before"])
 def _moment(
     x, lead, weight, centre, size, table, partner, numbers, out,
-    tokens, x_b, x_h, x_t, w_b, w_h, w_t, H, batch, blocks,
+    tokens, x_b, x_h, x_t, w_b, w_h, w_t, H, batch, blocks, before,
     D: tl.constexpr, DP: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr,
     TURN: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Columns of the sum of w y y' over a run of vectors y = x / size - centre. Of queries, as they
     are, over all of them with the weights that a block gives them."""
-    run, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    run, group = tl.program_id(0) + before, tl.program_id(1).to(tl.int64)
     b, h = group // H, group % H
     begin = tl.load(lead + b)
     d = tl.arange(0, DP)
@@ -118,7 +119,7 @@ def _moment(
             y_c = y_c / unit - middle_c[None, :]
         y = y * tl.load(own + t * w_t, mask=there, other=0.0)[:, None]
         acc = tl.dot(tl.trans(y), y_c, acc, input_precision="tf32x3")
-    at = out + ((run * batch + b) * H + h) * D * D + d[:, None] * D + c[None, :]
+    at = out + (((run - before) * batch + b) * H + h) * D * D + d[:, None] * D + c[None, :]
     tl.store(at, acc, mask=(d < D)[:, None] & (c < D)[None, :])
 
 
@@ -161,16 +162,21 @@ def _second_moment(
     layout, back = prompt.layout, _turn(prompt, turned)
     wide = power_of_two(dim, 16)
     columns = min(wide, COLUMNS)
-    out = x.new_empty(runs, batch, heads, dim, dim, dtype=torch.float32)
+    most = min(runs, max(1, MOMENTS // (batch * heads * dim * dim)))
+    out = x.new_empty(most, batch, heads, dim, dim, dtype=torch.float32)
     size, centre = unit or (out, out)  # not read
-    _moment[(runs, batch * heads, wide // columns)](
-        x, lead, weight, centre, size, *back[:2], out if numbers is None else numbers, out,
-        n, *x.stride()[:3], *weight.stride()[:3], heads, batch, back[2],
-        D=dim, DP=wide, SINKS=layout.sinks, BLOCK=layout.block or 1,
-        TURN=turned and layout.block > 0, QUERIES=numbers is not None, COLUMNS=columns,
-        ROWS=ROWS, RUN=RUN, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return out.sum((0, 1))
+    total = x.new_zeros(heads, dim, dim, dtype=torch.float32)
+    for before in range(0, runs, most):
+        some = min(most, runs - before)
+        _moment[(some, batch * heads, wide // columns)](
+            x, lead, weight, centre, size, *back[:2], out if numbers is None else numbers, out,
+            n, *x.stride()[:3], *weight.stride()[:3], heads, batch, back[2], before,
+            D=dim, DP=wide, SINKS=layout.sinks, BLOCK=layout.block or 1,
+            TURN=turned and layout.block > 0, QUERIES=numbers is not None, COLUMNS=columns,
+            ROWS=ROWS, RUN=RUN, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        total += out[:some].sum((0, 1))
+    return total
 
 
 def _turn(prompt: Prompt, turned: bool = True) -> tuple[Tensor, Tensor, int]:

@@ -132,7 +132,8 @@ def _begin(
     """``attend`` of a forward that begins a sequence: there is nothing stored to look at."""
     tokens, group = q.shape[2], q.shape[1] // k.shape[1]
     # Flash attention, which takes no mask, repeats heads by itself; others would by copies.
-    if mask is None and q.dtype in (torch.float16, torch.bfloat16) and on_kernels(q):
+    flash = q.dtype in (torch.float16, torch.bfloat16) and torch.backends.cuda.flash_sdp_enabled()
+    if mask is None and flash and on_kernels(q):
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=group > 1
         )

@@ -42,7 +42,7 @@ class Arrival:
         ).tolist()
         self.bad = k.is_cuda and bool(bad[0])
         self.first = not any(self.begin)
-        self.whole = None if any(length) else Whole(k, v, found.lead)
+        self.whole = None if any(length) else Whole(k, v, found.lead, min(lead))
         self._alike = self.whole is not None and not any(lead) and len(set(self.end)) == 1
         self.count = max(b - a for a, b in zip(self.begin, self.end, strict=True))
 

@@ -30,12 +30,13 @@ class Queries:
 class Whole:
     """All tokens of a forward that begins a sequence, as they came: ``k``, ``v`` [B, H, T, D].
 
-    Token t, sinks included, stands at ``lead`` [B] + t.
+    Token t, sinks included, stands at ``lead`` [B] + t; ``least`` is the least of them.
     """
 
     k: Tensor
     v: Tensor
     lead: Tensor
+    least: int
 
 
 @dataclass

@@ -227,7 +227,8 @@ def look_at_prompt(
     from ..lowering.sampled import Sampled
 
     k, v, lead = prompt.k, prompt.v, prompt.lead
-    heads, n = k.shape[1:3]
+    heads, tokens = k.shape[1:3]
+    n = tokens - prompt.least  # tokens of the longest row: policies take means over them
     q = queries.q.unflatten(1, (heads, -1))
     group, asked = q.shape[2:4]
     number = torch.where(queries.live, queries.i + layout.sinks, -1)
@@ -235,27 +236,26 @@ def look_at_prompt(
     sums = found.scores()
     t = torch.arange(n, device=k.device)
     before = torch.searchsorted(number, (t + layout.recent).repeat(len(k), 1))
-    there = (t >= layout.sinks) & (t < n - lead[:, None])
+    there = (t >= layout.sinks) & (t < tokens - lead[:, None])
     counts = (asked - before).masked_fill(~there, 0)
     size = max(1, CHUNK_BYTES // max(1, 4 * len(k) * group * asked * n))
     scores = []
     for some in (slice(first, first + size) for first in range(0, heads, size)):
-        whole = partial(_seen, queries, k, lead, some, layout, scale)
-        mine = [x[:, some] for x in sums]
+        whole = partial(_seen, queries, prompt, some, layout, scale)
+        mine = [x[:, some, :n] for x in sums]
         scores.append(observe(Summed(mine, counts, group, asked, whole)))
     nothing = [k.new_zeros(0, dtype=torch.float32)] * len(layout.tiers)
     return Evidence(nothing, torch.cat(scores, 1), *_means(queries, found.out.float(), state))
 
 
-def _seen(
-    queries: Queries, k: Tensor, lead: Tensor, some: slice, layout: Layout, scale: float
-) -> Seen:
+def _seen(queries: Queries, prompt: Whole, some: slice, layout: Layout, scale: float) -> Seen:
     """What :func:`look_at_prompt` has only the sums of, for some heads."""
-    heads, n = k.shape[1:3]
-    t = torch.arange(n, device=k.device)
-    at = (t + lead[:, None]).clamp(max=n - 1)[:, None, :, None]
+    k, lead = prompt.k, prompt.lead
+    heads, tokens = k.shape[1:3]
+    t = torch.arange(tokens - prompt.least, device=k.device)
+    at = (t + lead[:, None]).clamp(max=tokens - 1)[:, None, :, None]
     keys = k[:, some].gather(2, at.expand(-1, k[0, some].shape[0], -1, k.shape[3]))
-    there = (t < n - lead[:, None])[:, None]
+    there = (t < tokens - lead[:, None])[:, None]
     part = _Part(torch.nan_to_num(keys), keys, (t - layout.sinks).expand_as(there), there)
     rows = (queries.q.float() * scale).unflatten(1, (heads, -1))[:, some]
     (weights,), (counted,) = _weights(rows, [part], queries, layout)

@@ -30,15 +30,7 @@ SIZES = {
     "rdr": {**LARGE, "bits": 1.125, "batch": 2, "mask": "bool"},
     "rdr, 4 queries": {**LARGE, "bits": 1.125, "queries": 4, "mask": "hole"},
     "group 1": {**LARGE, "retention": "none", "bits": 2.2, "group": 1},
-    "64 rows": {
-        **LARGE,
-        "heads": 2,
-        "mask": "bool",
-        "slots": 1024,
-        "length": 600,
-        "batch": 64,
-        "bits": 1.125,
-    },
+    "64 rows": {**LARGE, **ROWS, "bits": 1.125, "mask": "bool"},
     "float16": {**LARGE, "retention": "none", "bits": 2.2, "dtype": torch.float16},
 }
 
