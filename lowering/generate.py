@@ -95,8 +95,7 @@ class Spec:
 
     def fold(self, digits: Digits) -> int:
         """Tokens of a tier that share a row of a tile."""
-        short = set(digits) == {FOLDED * DIGITS_PER_WORD}
-        return 2 if short and self.tokens == 1 and self.columns >= 2 * self.rows else 1
+        return 2 if _short(digits) and self.tokens == 1 and self.columns >= 2 * self.rows else 1
 
     @property
     def slots(self) -> list[int]:
@@ -109,11 +108,16 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def _short(digits: Digits) -> bool:
+    """Whether two tokens of a tier fit a row of a tile."""
+    return set(digits) == {FOLDED * DIGITS_PER_WORD}
+
+
 def tile_tokens(layout: Layout, tier: int) -> int:
     """Slots of a page that are read at once."""
     digits = layout.tiers[tier]
     most = 64 if max(digits) <= 32 * DIGITS_PER_WORD else 32
-    least = 32 if set(digits) == {FOLDED * DIGITS_PER_WORD} else 16  # 16 rows
+    least = 32 if _short(digits) else 16  # 16 rows
     return min(most, power_of_two(layout.capacity[tier], least))
 
 
@@ -130,6 +134,8 @@ def _tiers(spec: Spec) -> list[dict[str, Any]]:
         kw, vw = digits.key // DIGITS_PER_WORD, digits.value // DIGITS_PER_WORD
         fold = spec.fold(digits)
         kp, vp = power_of_two(kw * fold, 16), power_of_two(vw * fold, 16)
+        qp, vs = kp // fold, vp // fold
+        own = max(1, 8 * qp // WIDE)
         capacity, tok = layout.capacity[index], tile_tokens(layout, index)
         first = layout.digits_before(index)
         found.append(
@@ -139,8 +145,8 @@ def _tiers(spec: Spec) -> list[dict[str, Any]]:
                 "vw": vw,
                 "kp": kp,
                 "vp": vp,
-                "qp": kp // fold,
-                "vs": vp // fold,
+                "qp": qp,
+                "vs": vs,
                 "fold": fold,
                 "slots": spec.slots[index],
                 "cap": capacity,
@@ -150,15 +156,15 @@ def _tiers(spec: Spec) -> list[dict[str, Any]]:
                 "key_first": first.key,
                 "value_first": first.value,
                 "query_first": queries,
-                "wide": min(WIDE, 8 * kp // fold),
-                "pieces": max(1, 8 * kp // fold // WIDE),
+                "wide": min(WIDE, 8 * qp),
+                "pieces": own,
                 "piece_first": pieces,
                 "out_first": out,
             }
         )
-        queries += 8 * kp // fold
-        pieces += max(1, 8 * kp // fold // WIDE)
-        out += 8 * vp // fold // WIDE_OUT
+        queries += 8 * qp
+        pieces += own
+        out += 8 * vs // WIDE_OUT
     return found
 
 

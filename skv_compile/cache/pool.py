@@ -12,7 +12,7 @@ from ..lowering.codes import decode_radius, decode_score, encode_score
 from ..lowering.layout import GAP_FILLER, Layout
 from ..lowering.reference.pages import Records, page_bytes, page_records, page_tokens
 from ..lowering.state import KIND, PER_TIER
-from ..retention.tokens import Content, Tokens, in_order, ranks, runs
+from ..retention.tokens import Content, Tokens, in_order, runs
 from .schedule import Schedule
 
 #: Fields that say what a token is, not what its vectors are.
@@ -155,7 +155,7 @@ class Pool:
         # The table of a group lists its pages tier by tier.
         group, page = (torch.cat(x) for x in zip(*starts, strict=True))
         order = group.argsort(stable=True)
-        place, _, _ = ranks(group[order])
+        place = runs(group[order]).place
         flat = self.table.view(-1, layout.max_pages)
         flat[group[order], place] = page[order].int()
 

@@ -39,7 +39,7 @@ def _sizes(
     return fixed, max(-(-slots // tile) for slots, tile in tiles), segments, bins
 
 
-def aligned(n: int) -> int:
+def _aligned(n: int) -> int:
     """int32 numbers of a layer, such that those of the next begin at 16 bytes: CUDA graphs copy an
     input that does not."""
     return -(-n // 4) * 4
@@ -73,7 +73,7 @@ class Schedule:
         if self.used:
             fixed, of_page, segments, bins = _sizes(layers, batch, heads, group, layout, device)
             visits = max(1, fixed + of_page * pages)
-        shapes = (visits, 4), (layers, segments, 4), (layers, aligned(bins + self.used))
+        shapes = (visits, 4), (layers, segments, 4), (layers, _aligned(bins + self.used))
         self.work = Work(*(torch.zeros(s, dtype=torch.int32, device=device) for s in shapes))
 
     @staticmethod
@@ -84,7 +84,7 @@ class Schedule:
         if not has_kernels(layout, group, device):
             return 0, 0
         fixed, of_page, segments, bins = _sizes(layers, batch, heads, group, layout, device)
-        return 16 * max(1, fixed) + layers * (16 * segments + 4 * aligned(bins + 1)), 16 * of_page
+        return 16 * max(1, fixed) + layers * (16 * segments + 4 * _aligned(bins + 1)), 16 * of_page
 
     @property
     def bytes(self) -> int:

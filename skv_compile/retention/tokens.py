@@ -79,12 +79,6 @@ def runs(key: Tensor) -> Runs:
     return Runs(place, number, start, start.diff(append=start.new_full((1,), len(key))))
 
 
-def ranks(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sorted keys [J] int64: place of each among its equals, the distinct keys, their counts."""
-    found = runs(key)
-    return found.place, key[found.start], found.count
-
-
 def in_order(tokens: Tokens) -> Tensor:
     """The order by group, then by place."""
     return (tokens.group << PLACE_BITS | tokens.i).argsort()

@@ -29,6 +29,8 @@ from skv_compile.retention.tokens import Content
 pytest.importorskip("triton")
 EMPTY = torch.empty(0)
 
+# With a GPU there is no interpreter: tests/gpu/test_frame_cuda.py holds what these kernels make of
+# a prompt against the CPU there.
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="Triton is not interpreted in this process"
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..heads import Heads
-from ..tokens import Tokens, ranks
+from ..tokens import Tokens, runs
 from .base import Policy, one_tier
 
 
@@ -48,7 +48,9 @@ class PrefixKV(Policy):
         for key in (tokens.group, tokens.i, tokens.score, layer):
             order = order[key[order].argsort(stable=True)]
         if len(order):
-            place, found, counts = ranks(layer[order])
+            layer = layer[order]
+            place, _, start, counts = runs(layer)
+            found = layer[start]
             mass = tokens.score[order].double().cumsum(0)
             last = mass[counts.cumsum(0) - 1]
             before = torch.cat([last.new_zeros(1), last[:-1]])
