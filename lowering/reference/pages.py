@@ -87,6 +87,8 @@ def decode_records(
         dtype = EXACT_DTYPES[layout.dtype]
         k, v = (records[name].contiguous().view(dtype) for name in ("keys", "values"))
         return k, v
+    if layout.kind == "digits" and on_kernels(records["key_digits"]):
+        return _decode_on_kernels(records, i, state, layout, tier)
     out = []
     for side, frame in zip(("key", "value"), state.frames(layout, tier), strict=True):
         unit = unit_codes(records[f"{side}_digits"], layout, tier)
@@ -94,6 +96,22 @@ def decode_records(
         moved = torch.matmul(unit, vectors[:, :-1])
         out.append(moved * codes.decode_radius(records[f"{side}_radius"]) + vectors[:, -1:])
     return turn_keys(out[0], i, state, layout, 1), out[1]
+
+
+def _decode_on_kernels(
+    records: Records, i: Tensor, state: State, layout: Layout, tier: int
+) -> tuple[Tensor, Tensor]:
+    from .. import decode
+
+    sides = zip(("key", "value"), (i, None), state.frames(layout, tier), strict=True)
+    with torch.cuda.device(i.device):  # Triton launches on the current one
+        k, v = (
+            decode.decode_side(
+                records[f"{side}_digits"], records[f"{side}_radius"], at, frame, state.turn, layout
+            )
+            for side, at, frame in sides
+        )
+    return k, v
 
 
 def unit_codes(packed: Tensor, layout: Layout, tier: int) -> Tensor:

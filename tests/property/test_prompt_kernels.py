@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -49,6 +49,22 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+class Raw(NamedTuple):
+    """A prompt with all of its queries [B, Hq, T, D]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lead: Tensor
+    plan: Tensor
+    layout: Layout
+
+    @property
+    def prompt(self) -> reference.Prompt:
+        q = reference.sample_queries(self.q, self.lead, self.k.shape[1])
+        return reference.Prompt(q, *self[1:5], False, self.layout)
+
+
 def prompt(
     batch: int = 1,
     dim: int = 64,
@@ -57,7 +73,7 @@ def prompt(
     dtype: torch.dtype = torch.float32,
     lead: tuple[int, ...] = (),
     plan=half_split_plan,
-) -> reference.Prompt:
+) -> Raw:
     """A random prompt of two kv heads with a mean; padding and one hidden token hold rubbish."""
     g = torch.Generator().manual_seed(batch + dim)
     q = torch.randn(batch, 4, tokens, dim, generator=g)
@@ -73,7 +89,7 @@ def prompt(
         "digits", dim, 1024, 8, 4, 32, 8, (Digits(dim, dim),), block=block, calibrate=256
     )
     speeds = 10_000.0 ** -(torch.arange(0, dim, 2) / dim)
-    return reference.Prompt(q, k, v, padding, plan(speeds, dim), False, layout)
+    return Raw(q, k, v, padding, plan(speeds, dim), layout)
 
 
 CASES = {
@@ -88,22 +104,23 @@ CASES = {
 }
 
 
-@interpreted
 def names(*some: str) -> list[Any]:
     """Cases, those that take the interpreter longest marked slow."""
     slow = ("D=256", "blocks of 24", "a row of padding alone")
     return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in some]
 
 
+@interpreted
 @pytest.mark.parametrize("name", names(*CASES))
 def test_statistics_equal_their_reference(name: str) -> None:
     from skv_compile.lowering import statistics
 
     data = prompt(**CASES[name])
     bound = 1e-2 if data.q.dtype == torch.float16 else 1e-4
-    for got, want in zip(statistics.attention(data), reference.attention(data), strict=True):
+    begin = data.prompt
+    for got, want in zip(statistics.attention(begin), reference.attention(begin), strict=True):
         assert distance(got, want) < bound
-    for got, want in zip(statistics.sides(data), reference.sides(data), strict=True):
+    for got, want in zip(statistics.sides(begin), reference.sides(begin), strict=True):
         for a, b in zip(got, want, strict=True):
             assert a is b or distance(a, b) < bound
 
@@ -112,7 +129,7 @@ def test_statistics_equal_their_reference(name: str) -> None:
 @pytest.mark.parametrize("name", names("plain", "blocks of 200", "fp16, D=128", "D=256", "no turn"))
 @pytest.mark.parametrize("tier", [0, 1])
 def test_codes_equal_their_reference(name: str, tier: int) -> None:
-    from skv_compile.lowering import encode
+    from skv_compile.lowering import decode, encode
 
     data = prompt(**{**CASES[name], "tokens": 280})
     dim = data.k.shape[3]
@@ -146,6 +163,12 @@ def test_codes_equal_their_reference(name: str, tier: int) -> None:
     for x, got, other in pairs:
         error = (other - x).norm()
         assert abs(float((got - x).norm() / error) - 1) < 1e-3
+    sides = zip(("key", "value"), (i, None), frames, strict=True)
+    others = decode_records(want, i, state, form, tier)
+    for (side, at, frame), other in zip(sides, others, strict=True):
+        fields = (want[f"{side}_digits"], want[f"{side}_radius"])
+        got = decode.decode_side(*fields, at, frame, data.plan, form)
+        torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
 @interpreted
@@ -177,7 +200,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from skv_compile.lowering import encode, sampled, statistics
+from skv_compile.lowering import decode, encode, sampled, statistics
 from skv_compile.lowering.codes import GAINS
 
 POINTERS = {
@@ -186,12 +209,12 @@ POINTERS = {
     **dict.fromkeys(("number", "partner"), "*i32"),
     **dict.fromkeys(("plan", "digits", "radius"), "*u8"),
     **dict.fromkeys(("top", "weight", "square", "mass", "total", "most"), "*fp32"),
-    **dict.fromkeys(("table", "largest", "sums", "size", "grid", "z"), "*fp32"),
+    **dict.fromkeys(("table", "largest", "sums", "size", "grid", "z", "vectors"), "*fp32"),
 }
 CONSTANTS = dict(
     D=128, DP=128, ROWS=64, KEYS=64, SINKS=4, RECENT=64, BLOCK=128, CELL=128, PRECISE="tf32",
     RUN=1024, COLUMNS=64, TURN=True, WEIGHED=True, QUERIES=False, SPLIT=True, PART=64, BYTES=64,
-    BP=64, CAP=1.3, GAINS=GAINS, STEPS=16, ONE=128,
+    BP=64, CAP=1.3, GAINS=GAINS, STEPS=16, ONE=128, DIGITS=132,
 )
 for module, name, more in (
     (sampled, "_outputs", {}),
@@ -202,6 +225,7 @@ for module, name, more in (
     (statistics, "_moment", {"ROWS": 32, "QUERIES": True}),
     (encode, "_in_frame", {}),
     (encode, "_quantise", {"ROWS": 16}),
+    (decode, "_decode", {"PART": 32}),
 ):
     function = getattr(module, name)
     constants = {n: x for n, x in {**CONSTANTS, **more}.items() if n in function.arg_names}
@@ -213,7 +237,7 @@ for module, name, more in (
         kinds.update({n: "*fp32" for n in ("out",) if n in kinds})
     if name == "_moment":
         kinds["centre"] = "*fp32"
-    stages = 1 if name in ("_moment", "_in_frame") else 3
+    stages = 1 if name in ("_moment", "_in_frame", "_decode") else 3
     made = triton.compile(
         ASTSource(function, kinds, constants),
         target=GPUTarget("cuda", int(sys.argv[1]), 32),
