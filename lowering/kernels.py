@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .generate import Spec, module, names_of, power_of_two, tile_sizes
-from .layout import DIGITS_PER_WORD, EXACT_DTYPES, Layout
+from .launch import Launch, chains, same_kernels
+from .layout import EXACT_DTYPES, Layout
 from .state import CODED, State
 from .work import Work, work_of
 
@@ -24,30 +24,6 @@ log = logging.getLogger(__name__)
 MOST_TOKENS = 16  # of a forward; longer ones turn keys instead of queries
 MOST_ROWS = 64  # query rows of a kv head
 SWITCH = "SKV_ATTEND"  # environment: "reference" turns the kernels off
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the kernels are launched: warps of each, stages and registers of ``pages``, and how
-    many of its programs share a multiprocessor, as measured on an H100."""
-
-    pages_warps: int = 1
-    pages_stages: int = 3
-    pages_registers: int | None = None
-    pages_per_sm: int = 8
-    prepare_warps: int = 4
-
-    @staticmethod
-    @cache
-    def of(spec: Spec) -> Launch:
-        """The one that has worked best for this kind of spec."""
-        layout = Layout.parse(spec.layout)
-        words = max(max(tier) for tier in layout.tiers) // DIGITS_PER_WORD
-        if spec.columns > 16:  # sums of many rows need the registers of more warps
-            return Launch(pages_warps=min(4, spec.columns // 16), pages_per_sm=4)
-        if spec.columns == 8 and (layout.tracked or words <= 16):
-            return Launch(pages_registers=160, pages_per_sm=12)
-        return Launch(pages_warps=2, pages_per_sm=6)
 
 
 @cache
@@ -101,22 +77,14 @@ def say(reason: str) -> None:
     log.warning("skv::attend runs on its PyTorch reference, not on Triton kernels: %s.", reason)
 
 
-@cache
-def _same_kernels(layout: str) -> str:
-    """The key of the layout that stands for all that have the same kernels: a cache of another
-    length compiles nothing."""
-    found = replace(Layout.parse(layout), max_tokens=0, calibrate=0, observed=0)
-    return found.key
-
-
 def spec_of(q: Tensor, k: Tensor, mask: Tensor | None, layout: str, raw: bool) -> Spec:
     """The spec of a forward; ``raw``: for a GPU."""
     kind, least = "none", 0.0
     if mask is not None:
         kind = "bool" if mask.dtype == torch.bool else "float"
         least = 0.0 if kind == "bool" else torch.finfo(mask.dtype).min
-    chained = raw and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    layout = _same_kernels(layout)
+    chained = raw and chains(q.device)
+    layout = same_kernels(layout)
     return Spec(layout, q.shape[1] // k.shape[1], q.shape[2], kind, least, raw, chained=chained)
 
 
@@ -130,7 +98,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def programs_of(spec: Spec, device: torch.device) -> int:
     """Segments that the pages of a layer are cut into."""
-    return multiprocessors(device) * Launch.of(spec).pages_per_sm
+    return multiprocessors(device) * Launch.of(spec, device).pages_per_sm
 
 
 def plan_work(
@@ -163,7 +131,7 @@ def steps(
     which waits for the device. ``raw``: False for Triton's interpreter.
     """
     spec = spec or spec_of(q, k, mask, layout.key, raw)
-    launch = launch or Launch.of(spec)
+    launch = launch or Launch.of(spec, q.device)
     made, names = module(spec), names_of(spec)
     (batch, heads, _, dim), tokens = k.shape, q.shape[2]
     groups, rows, tiles = batch * heads, spec.rows, names["NE"]
