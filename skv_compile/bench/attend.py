@@ -14,6 +14,7 @@ from ..config import Config
 from ..lowering import kernels
 from ..lowering.turn import half_split_plan
 from ..lowering.work import Work
+from . import paged
 from .fill import fill
 from .timing import Launch, milliseconds
 
@@ -48,6 +49,8 @@ def line(name: str, tokens: int, batch: int, bandwidth: float) -> dict[str, Any]
     """Time one implementation; ``bandwidth`` in bytes a second makes the floor."""
     if name in DENSE:
         launches, size = _dense(DENSE[name], tokens, batch)
+    elif name in paged.PAGED:
+        launches, size = _paged(paged.PAGED[name], tokens, batch)
     else:
         launches, size = _ours(name, tokens, batch)
     found = {"name": name, "tokens": tokens, "batch": batch, "bytes": size}
@@ -97,9 +100,21 @@ DENSE = {"sdpa enable_gqa": _sdpa, "sdpa of repeated keys": _repeated, "flex_att
 LONG_ONLY = {"flex_attention": 16384}  # compiles for every shape, and is for long contexts
 
 
-def names(tokens: int) -> list[str]:
+def names(tokens: int, batch: int) -> list[str]:
     """What is measured at a context."""
-    return [n for n in (*DENSE, *OURS) if tokens >= LONG_ONLY.get(n, 0)]
+    every = (*DENSE, *paged.names(), *OURS)
+    return [n for n in every if tokens >= LONG_ONLY.get(n, 0)]
+
+
+def missing() -> list[str]:
+    """What is not measured, as a package is not installed."""
+    return paged.missing()
+
+
+def _paged(dtype: torch.dtype, tokens: int, batch: int) -> tuple[dict[str, Any], int]:
+    q = torch.randn(batch, HEADS * GROUP, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    size = 2 * batch * HEADS * tokens * DIM * dtype.itemsize
+    return {"all": paged.launches(dtype, q, HEADS, tokens, _sets(size))}, size
 
 
 def _all(steps: Sequence[Launch]) -> None:

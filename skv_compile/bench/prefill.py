@@ -8,11 +8,20 @@ from typing import Any
 import torch
 
 from ..cache.spherical import SphericalCache
-from .step import DENSE, OURS, names
+from .step import DENSE, OURS
 
 SHAPES = ((2048, 1), (8192, 1), (32768, 1))
 REPEAT = 2  # the last counts
-__all__ = ["SHAPES", "line", "names"]
+
+
+def names(tokens: int, batch: int) -> list[str]:
+    """What is measured at a context."""
+    return [DENSE, *OURS]
+
+
+def missing() -> list[str]:
+    """Nothing needs a package of its own."""
+    return []
 
 
 def line(name: str, llama: Any, tokens: int, batch: int, bandwidth: float) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from ..cache.spherical import SphericalCache
+from . import quantized
+from .attend import DIM, HEADS
 from .fill import fill
 from .timing import times
 
@@ -23,9 +25,14 @@ OURS: dict[str, dict[str, Any]] = {
 DENSE = "HF static"
 
 
-def names(tokens: int) -> list[str]:
+def names(tokens: int, batch: int) -> list[str]:
     """What is measured at a context."""
-    return [DENSE, *OURS]
+    return [DENSE, *quantized.names(tokens, batch), *OURS]
+
+
+def missing() -> list[str]:
+    """What is not measured, as a package is not installed."""
+    return quantized.missing()
 
 
 def model() -> Any:
@@ -48,20 +55,21 @@ def model() -> Any:
 
 
 def line(name: str, llama: Any, tokens: int, batch: int, bandwidth: float) -> dict[str, Any]:
-    """Time of a compiled step at a context of random tokens.
+    """Time of a step at a context of random tokens, compiled unless the cache is HF's quantized.
 
     ``ms``: median of steps. ``mean_ms``: wall time of ``STRIDE`` steps, with what the
-    cache does between them, over their number.
+    cache does between them, over their number; fewer, none of which quantizes, for that cache.
     """
     torch._dynamo.reset()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    cache, kept = (
-        _static(llama, tokens, batch) if name == DENSE else _ours(name, llama, tokens, batch)
-    )
+    cache, kept = _cache(name, llama, tokens, batch)
     held = torch.cuda.memory_allocated() - before
-    backend = "inductor" if name == DENSE else "skv"
-    step = torch.compile(llama.forward, backend=backend, mode="reduce-overhead", fullgraph=True)
+    kept = kept or held
+    step, steps = llama.forward, quantized.STEPS
+    if name != quantized.NAME:
+        backend, steps = "inductor" if name == DENSE else "skv", STRIDE
+        step = torch.compile(step, backend=backend, mode="reduce-overhead", fullgraph=True)
     ids = torch.randint(0, 1000, (batch, 1), device="cuda")
     position = torch.full((batch, 1), tokens, device="cuda")
 
@@ -72,19 +80,19 @@ def line(name: str, llama: Any, tokens: int, batch: int, bandwidth: float) -> di
 
     with torch.no_grad():
         # The first decisions of a process load what later ones have.
-        for _ in range(WARM_UP + (0 if name == DENSE else STRIDE)):
+        for _ in range(WARM_UP + (STRIDE if name in OURS else 0)):
             run()
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        each = times(run, STRIDE)
+        each = times(run, steps)
         torch.cuda.synchronize()
-        mean = (time.perf_counter() - begin) * 1e3 / STRIDE
-    if name != DENSE:
+        mean = (time.perf_counter() - begin) * 1e3 / steps
+    if name in OURS:
         cache.raise_flags()
-    ms = sorted(each)[STRIDE // 2]
+    ms = sorted(each)[steps // 2]
     weights = sum(p.nbytes for p in llama.parameters()) - llama.model.embed_tokens.weight.nbytes
     floor = (weights + kept) / bandwidth * 1e3
-    return {
+    found = {
         "name": name,
         "tokens": tokens,
         "batch": batch,
@@ -95,13 +103,25 @@ def line(name: str, llama: Any, tokens: int, batch: int, bandwidth: float) -> di
         "cache_bytes": kept,
         "allocated_bytes": held,
     }
+    if name != DENSE:  # whose bytes are those of its room, not of its tokens
+        found["bits"] = kept * 8 / (2 * LAYERS * batch * HEADS * DIM * tokens)
+    return found
+
+
+def _cache(name: str, llama: Any, tokens: int, batch: int) -> tuple[Any, int]:
+    """A full cache, and the bytes of it that are in use; 0: all that it allocates."""
+    if name == DENSE:
+        return _static(llama, tokens, batch)
+    if name == quantized.NAME:
+        return quantized.quantized(llama, HEADS, DIM, tokens, batch), 0
+    return _ours(name, llama, tokens, batch)
 
 
 def _static(llama: Any, tokens: int, batch: int) -> tuple[Any, int]:
     from transformers import StaticCache
 
     cache = StaticCache(config=llama.config, max_cache_len=tokens + SLACK)
-    cache.early_initialization(batch, 8, 128, torch.bfloat16, torch.device("cuda"))
+    cache.early_initialization(batch, HEADS, DIM, torch.bfloat16, torch.device("cuda"))
     size = 0
     for layer in cache.layers:
         layer.keys.normal_()
@@ -113,7 +133,7 @@ def _static(llama: Any, tokens: int, batch: int) -> tuple[Any, int]:
 
 def _ours(name: str, llama: Any, tokens: int, batch: int) -> tuple[Any, int]:
     cache = SphericalCache(llama.config, tokens + SLACK, **OURS[name])
-    cache.early_initialization(batch, 8, 128, torch.bfloat16, torch.device("cuda"))
+    cache.early_initialization(batch, HEADS, DIM, torch.bfloat16, torch.device("cuda"))
     fill(cache.states, tokens)
     pool = cache.states[0].keeper.pool
     exact = sum(s.tensors.exact_keys.nbytes * 2 for s in cache.states)

@@ -32,13 +32,16 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         raise common.UsageError(
             "skv bench needs a CUDA device: torch.cuda.is_available() is False here."
         )
-    with screen.step("Copy bandwidth"):
-        bandwidth = timing.copy_bandwidth()
+    with screen.step("Memory bandwidth"):
+        bandwidth = timing.bandwidth()
+    measured: dict[str, Any] = {"attend": attend, "step": step, "prefill": prefill}
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
-        "copy_bytes_per_second": bandwidth,
+        "bytes_per_second": bandwidth,
+        "not_measured": [why for part in args.parts for why in measured[part].missing()],
     }
-    measured: dict[str, Any] = {"attend": attend, "step": step, "prefill": prefill}
+    for why in found["not_measured"]:
+        screen.note(f"not measured: {why}")
     for part in args.parts:
         llama = () if part == "attend" else (step.model(),)
         lines: list[dict[str, Any]] = []
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
             if args.most and tokens > args.most:
                 continue
             dense = None
-            for name in measured[part].names(tokens):
+            for name in measured[part].names(tokens, batch):
                 with screen.step(f"{part}: {name}, {tokens} x {batch}"):
                     one = measured[part].line(name, *llama, tokens, batch, bandwidth)
                 torch.cuda.empty_cache()
