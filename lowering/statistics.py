@@ -128,8 +128,7 @@ def _moment(
 
 def attention(prompt: Prompt) -> Attention:
     """``reference.statistics.attention``."""
-    q, number = prompt.queries()
-    number = number.expand(len(q), -1)
+    q, number = prompt.q, prompt.numbers.expand(len(prompt.q), -1)
     scale = q.shape[-1] ** -0.5
     found = Sampled(q, prompt.k, prompt.v, prompt.lead, number, scale, prompt.layout)
     weight, square, mass = found.weights()

@@ -120,7 +120,7 @@ def pages_by_tier(
             yield tier, sorted_ids[..., part], there[..., part]
 
 
-def _begin(
+def attend_first(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -181,7 +181,7 @@ def attend(
     heads = k.shape[1]
     group = q_heads // heads
     if tokens > 1 and int(position[0]) == 0:  # forwards of several tokens are never captured
-        return _begin(q, k, v, mask, position, causal, scale)
+        return attend_first(q, k, v, mask, position, causal, scale)
     math = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = q.to(math).reshape(batch, heads, group * tokens, head_dim) * scale
     if tokens > 1 and causal:

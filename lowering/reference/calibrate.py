@@ -24,8 +24,8 @@ from ..codes import Basis
 from ..layout import Layout
 from ..prompt import on_kernels
 from .fit import Fit, Side, fit_side, fit_steps, sampled, whiten
-from .intake import finite_tokens, own_validity
-from .statistics import LONG, Prompt, sides
+from .intake import finite_tokens, leading, own_validity
+from .statistics import LONG, Prompt, sample_queries, sides
 
 
 def calibrate(
@@ -60,22 +60,44 @@ def begin_calibration(
     if k.shape[2] < layout.calibrate or layout.calibrate == 0:
         return _leave
     valid = own_validity(mask, position, k.shape[0])
-    finite = finite_tokens(k) & finite_tokens(v) | ~valid  # padding may hold anything
-    good = (position[0] == 0) & finite.all()
-    lead, most = _lead(valid)
-    # Padding is no prompt. The device is asked once.
-    enough, good_here, long = torch.stack(
-        [valid.sum(1).amax() >= layout.calibrate, good, most >= LONG]
-    ).tolist()
-    if not (enough and good_here):
+    queries = sample_queries(q, leading(valid), k.shape[1])
+    found = fit_beginning(queries, k, v, valid, position, plan, layout)
+    if found is None:
         return _leave
-    keys, values, loss = _fit(Prompt(q, k, v, lead, plan, bool(long), layout))
 
     def finish(frames: Sequence[Tensor]) -> None:
-        for old, new in zip(frames, (*keys, *values, loss), strict=True):
+        for old, new in zip(frames, found, strict=True):
             old.copy_(new)
 
     return finish
+
+
+def fit_beginning(
+    queries: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor,
+    position: Tensor,
+    plan: Tensor,
+    layout: Layout,
+) -> tuple[Tensor, ...] | None:
+    """The eight tensors of the key and the value basis and the loss, of every head; None if this
+    forward begins no sequence, has too few tokens or some that are not finite.
+
+    ``queries``: of ``sample_queries``. ``valid`` [B, T]: of ``own_validity``. Heads do not know of
+    each other, so they may be of several layers. Waits for the device, once.
+    """
+    finite = finite_tokens(k) & finite_tokens(v) | ~valid  # padding may hold anything
+    good = (position[0] == 0) & finite.all()
+    lead = leading(valid)
+    most = k.shape[2] - lead.amin()
+    enough, good_here, long = torch.stack(  # padding is no prompt
+        [valid.sum(1).amax() >= layout.calibrate, good, most >= LONG]
+    ).tolist()
+    if not (enough and good_here):
+        return None
+    keys, values, loss = _fit(Prompt(queries, k, v, lead, plan, bool(long), layout))
+    return *keys, *values, loss
 
 
 def _leave(frames: Sequence[Tensor]) -> None:
@@ -102,17 +124,9 @@ def fit_frames(
         mask, position: as for ``append``; padding is left out.
         plan: the rotary turn, [2, D], or empty.
     """
-    lead, most = _lead(own_validity(mask, position, k.shape[0]))
-    prompt = Prompt(q, k, v, lead, plan, int(most) >= LONG, layout)
-    return _fit(prompt)
-
-
-def _lead(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Of tokens [B, T] that may be seen: padding before the first one [B], and the most tokens of
-    a row."""
-    tokens = valid.shape[1]
-    lead = torch.where(valid.any(1), valid.to(torch.int8).argmax(1), tokens)
-    return lead, tokens - lead.amin()
+    lead = leading(own_validity(mask, position, k.shape[0]))
+    long = k.shape[2] - int(lead.amin()) >= LONG
+    return _fit(Prompt(sample_queries(q, lead, k.shape[1]), k, v, lead, plan, long, layout))
 
 
 def _sides(prompt: Prompt) -> tuple[Side, Side]:

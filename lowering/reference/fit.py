@@ -27,6 +27,7 @@ FIT_TOKENS = 1024  # tokens on which steps are fitted, and as many on which the 
 LOSS_TOKENS = 256  # on which the loss of every tier is measured
 MAX_DIGITS = 4  # of one dimension
 REGULARISE = 0.1  # share of the isotropic part in the query moment
+STEPS_BYTES = 1 << 26  # of numbers rounded to the steps that are tried, at once
 STEP_FACTORS = (0.55, 0.65, 0.75, 0.85, 0.92, 1.0, 1.08, 1.18, 1.3, 1.45, 1.6)
 
 
@@ -115,11 +116,16 @@ def _eigh_on_kernels(x: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------ digits and steps
 
 
-def fit_steps(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def fit_steps(z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """Best step and its weighted squared error for 0..MAX_DIGITS digits: [H, D, MAX_DIGITS + 1].
 
     ``z`` [H, n, D] has unit mean square, ``weight`` is [H, n].
     """
+    some = max(1, STEPS_BYTES // (4 * len(STEP_FACTORS) * z[0].numel()))
+    if len(z) > some:
+        pairs = zip(z.split(some), weight.split(some), strict=True)
+        parts = zip(*(fit_steps(*pair) for pair in pairs), strict=True)
+        return tuple(torch.cat(part) for part in parts)
     weight = (weight / weight.sum(1, keepdim=True).clamp(min=1e-30))[:, None]
     factors = torch.tensor(STEP_FACTORS, device=z.device)
     steps = [torch.ones_like(z[:, 0])]

@@ -45,6 +45,11 @@ def own_validity(mask: Tensor | None, position: Tensor, batch: int) -> Tensor:
     return own.expand(batch, -1)
 
 
+def leading(valid: Tensor) -> Tensor:
+    """Of tokens [B, T] that some query may see: how many come before the first one, [B]."""
+    return torch.where(valid.any(1), valid.to(torch.int8).argmax(1), valid.shape[1])
+
+
 def finite_tokens(x: Tensor) -> Tensor:
     """[B, T] bool: which tokens of keys or values [B, H, T, D] are finite, read once."""
     return torch.isfinite(torch.linalg.vector_norm(x, torch.inf, -1)).all(1)
@@ -79,8 +84,7 @@ def intake(
     bad_position = ((pad + length != start) | ~in_ring).any() | (position != start + steps).any()
 
     # Left padding: what precedes the first visible token of an empty row.
-    lead = torch.where(valid.any(1), valid.to(torch.int8).argmax(1), tokens)
-    lead = torch.where(length == 0, lead, 0)
+    lead = torch.where(length == 0, leading(valid), 0)
     new_length = length + tokens - lead
 
     stored = steps >= lead[:, None]

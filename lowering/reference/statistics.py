@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ CHUNK_BYTES = 1 << 24  # of attention weights at once: more leave the cache of a
 
 
 class Prompt(NamedTuple):
-    """A forward that begins a sequence: q [B, Hq, T, D], k and v [B, H, T, D].
+    """A forward that begins a sequence: k and v [B, H, T, D], and of its queries those of
+    :func:`sample_queries`, q [B, H, G, n, D].
 
     Token t of row b stands at ``lead[b] + t``: rows are aligned at their first token. ``plan``:
     the rotary turn, [2, D], or empty. ``long``: whether there are ``LONG`` tokens.
@@ -48,16 +50,10 @@ class Prompt(NamedTuple):
         t = torch.arange(self.k.shape[2], device=self.k.device)
         return ((t < self.tokens) & (t >= self.layout.sinks)).flatten()
 
-    def queries(self) -> tuple[Tensor, Tensor]:
-        """Sampled queries [B, H, G, n, D], finite, and their tokens [n], the same in all rows."""
-        total, heads = self.k.shape[2], self.k.shape[1]
-        first = min(128, total // 2)
-        number = torch.linspace(first, total - 1, min(QUERIES, total - first)).long()
-        number = number.to(self.k.device)
-        at = (number + self.lead[:, None]).clamp(max=total - 1)
-        index = at[:, None, :, None].expand(-1, self.q.shape[1], -1, self.q.shape[3])
-        found = self.q.gather(2, index).unflatten(1, (heads, -1))
-        return torch.nan_to_num(found, posinf=0.0, neginf=0.0), number
+    @property
+    def numbers(self) -> Tensor:
+        """[n] tokens that the sampled queries are of."""
+        return query_numbers(self.k.shape[2], self.k.device)
 
     def vectors(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Keys or values [B, h, T, D] of tokens t [n] or all, float32; 0 where there is none."""
@@ -66,6 +62,23 @@ class Prompt(NamedTuple):
         index = at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         found = torch.nan_to_num(x.gather(2, index), posinf=0.0, neginf=0.0)
         return found.float().masked_fill(~(t < self.tokens)[:, None, :, None], 0)
+
+
+@lru_cache(maxsize=64)
+def query_numbers(tokens: int, device: torch.device) -> Tensor:
+    """Of so many tokens those whose queries are sampled, the same in all rows."""
+    first = min(128, tokens // 2)
+    return torch.linspace(first, tokens - 1, min(QUERIES, tokens - first)).long().to(device)
+
+
+def sample_queries(q: Tensor, lead: Tensor, heads: int) -> Tensor:
+    """Some of the queries [B, Hq, T, D] of prompts that begin at ``lead`` [B], finite:
+    [B, heads, G, n, D]."""
+    tokens = q.shape[2]
+    at = (query_numbers(tokens, q.device) + lead[:, None]).clamp(max=tokens - 1)
+    index = at[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    found = q.gather(2, index).unflatten(1, (heads, -1))
+    return torch.nan_to_num(found, posinf=0.0, neginf=0.0)
 
 
 class Attention(NamedTuple):
@@ -83,7 +96,7 @@ class Attention(NamedTuple):
 
 def attention(prompt: Prompt) -> Attention:
     """The sums of all heads, some at once."""
-    q, number = prompt.queries()
+    q, number = prompt.q, prompt.numbers
     batch, heads, group, n, _ = q.shape
     size = max(1, CHUNK_BYTES // max(1, 4 * batch * group * n * prompt.k.shape[2]))
     parts = []

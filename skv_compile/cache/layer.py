@@ -15,6 +15,7 @@ from ..codec.tiers import tier_names
 from ..config import Config
 from ..errors import CacheStateError, CapacityError, UnsupportedError
 from ..lowering.ops import slots
+from ..lowering.state import FLAGS
 from ..retention.keeper import Keeper
 from . import phantom
 from .home import make_keeper
@@ -50,6 +51,7 @@ class SphericalLayer(CacheLayerMixin):
         self._guessed = False  # allocated for the shapes of another layer, nothing stored yet
         self._shape: tuple[int, ...] = ()
         self._kind: tuple = ()  # what layers that share a pool have in common
+        self._seen = 0  # tokens, as the host knew when the forward in progress began
 
     @property
     def _before(self) -> list[SphericalLayer]:
@@ -150,7 +152,7 @@ class SphericalLayer(CacheLayerMixin):
         state = self.state
         assert state is not None
         if self is self.siblings[0]:
-            self._begin()
+            self._begin(tokens)
         expected = (state.batch, state.heads, tokens, state.layout.head_dim)
         if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
             found = f"{list(k.shape)} {k.dtype} on {k.device}"
@@ -159,21 +161,19 @@ class SphericalLayer(CacheLayerMixin):
                 f"{state.layout.head_dim}, {state.dtype} on {state.device}, and was given {found}. "
                 "A cache serves one model and one batch: make a new SphericalCache."
             )
-        seen = int(self.cumulative_length) if tokens > 1 or state.device.type == "cpu" else 0
-        if seen + tokens > self.max_cache_len:
+        if self._seen + tokens > self.max_cache_len:
             self.journal.rollback()
             raise CapacityError(
-                f"{seen + tokens} tokens do not fit: the cache was made for "
+                f"{self._seen + tokens} tokens do not fit: the cache was made for "
                 f"{self.max_cache_len}. Make it with a larger max_cache_len, or shorten the prompt."
             )
-        if state.device.type != "cpu" and tokens > 1:
-            state.raise_flags(self.where)
         if all(x.state is None or x.state.keeper is not state.keeper for x in self._before):
             state.keeper.tick(tokens)  # the first of its pool in this forward
         self.journal.record(state, tokens)
         position = torch.arange(tokens, device=k.device) + self.cumulative_length
         self.cumulative_length.add_(tokens)
-        pending = Pending(state, self.journal, k, v, position, self.where)
+        begins = tokens > 1 and self._seen == 0
+        pending = Pending(state, self.journal, k, v, position, self.where, begins)
         return (
             CachedTensor.make(self.keys, pending, 0),
             CachedTensor.make(self.values, pending, 1),
@@ -184,22 +184,39 @@ class SphericalLayer(CacheLayerMixin):
         keys, _ = self._eager(k, v, k.shape[2])
         return keys._pending.dense()
 
-    def _begin(self) -> None:
+    def _begin(self, tokens: int) -> None:
         """A new forward: the last one stands if it reached every layer, else it is undone."""
         if self.journal.spoiled:
             raise CacheStateError(
                 "An earlier forward failed halfway, and the sliding layers of this cache cannot be "
                 "put back. Call cache.reset() and run the prompt again."
             )
-        if self.device.type == "cpu":  # elsewhere nothing is journalled, and reading would wait
-            seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
-            if len(seen) > 1:
-                self.journal.rollback()
-                raise CacheStateError(
-                    "An earlier forward failed halfway. What it had stored has been taken back: "
-                    "the cache is as it was before that forward. Run this one again."
-                )
+        on_cpu = self.device.type == "cpu"
+        if on_cpu or tokens > 1:
+            self._look(tokens)
+        else:  # reading would wait for the device; what is wrong is flagged there
+            for layer in self.siblings:
+                layer._seen = 0
+        # Elsewhere nothing is journalled.
+        if on_cpu and len({x._seen for x in self.siblings if x.is_initialized}) > 1:
+            self.journal.rollback()
+            raise CacheStateError(
+                "An earlier forward failed halfway. What it had stored has been taken back: "
+                "the cache is as it was before that forward. Run this one again."
+            )
         self.journal.commit()
+
+    def _look(self, tokens: int) -> None:
+        """Read how many tokens all layers have seen, and what a device flagged, at once."""
+        known = [x for x in self.siblings if x.state is not None]
+        states = [x.state for x in known if x.state is not None]
+        counts = torch.stack([x.cumulative_length.to(self.device) for x in known])
+        flags = torch.stack([s.tensors.meta[:, FLAGS].amax().to(self.device) for s in states])
+        seen, wrong = torch.stack([counts, flags]).tolist()
+        for layer, n, bad in zip(known, seen, wrong, strict=True):
+            layer._seen = n
+            if bad and tokens > 1 and layer.state is not None:
+                layer.state.raise_flags(layer.where)
 
     # ------------------------------------------------------------ the layer protocol
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..retention.rows import select
 from .home import make_keeper
 from .layer import SphericalLayer
 from .state import LayerState
@@ -40,9 +41,11 @@ def _selected(states: list[LayerState], indices: Tensor) -> list[LayerState]:
         return []
     indices = indices.to(states[0].device)
     keepers = {id(s.keeper): s.keeper for s in states}
+    for keeper in keepers.values():
+        keeper.settle()
     if len(indices) == states[0].batch:
         for keeper in keepers.values():
-            keeper.select(keeper, indices)
+            select(keeper, keeper, indices)
         for state in states:
             state.take_rows(state, indices)
         return states
@@ -59,5 +62,5 @@ def _selected(states: list[LayerState], indices: Tensor) -> list[LayerState]:
         )
     made = [state.with_rows(fresh[id(state.keeper)], indices) for state in states]
     for key, keeper in keepers.items():
-        fresh[key].select(keeper, indices)
+        select(fresh[key], keeper, indices)
     return made

@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import CacheStateError, ConfigError
 from ..lowering import ops, reference
 from ..lowering.layout import Layout
+from ..lowering.reference.intake import intake
 from ..lowering.reference.pages import decode_records, page_records
 from ..lowering.state import (
     CODED,
@@ -170,7 +171,22 @@ class LayerState:
         it would otherwise wait for; None where ``retain`` reads it."""
         if not k.is_cuda or k.shape[2] == 1:
             return None
-        return Arrival(k, v, mask, position, self.tensors, self.layout)
+        found = intake(k, v, mask, position, self.tensors.meta, self.layout)
+        return Arrival(k, v, found, self.tensors, self.layout)
+
+    def hold(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        position: Tensor,
+        scale: float,
+    ) -> bool:
+        """:meth:`calibrate` and :meth:`retain` of a forward that begins a sequence, later and
+        together with other layers; False where this layer does not wait. ``Keeper.settle`` does
+        what has been put off."""
+        return self.keeper.hold(self.index, q, k, v, mask, position, scale)
 
     def retain(
         self,
@@ -234,6 +250,7 @@ class LayerState:
     def restore(self, undo: Undo) -> None:
         """Undo a forward. Coded tokens that it has moved to a lower tier stay there."""
         state = self.tensors
+        self.keeper.drop_held()
         state.meta.copy_(undo.meta)
         self.keeper.drop_after(self.index, undo.meta[:, CODED])
         for tensor, old in zip(state[:3], undo.exact, strict=False):
@@ -249,6 +266,7 @@ class LayerState:
         Where pages hold consecutive tokens, those of a page that is cut return to the ring as
         they were decoded.
         """
+        self.keeper.settle()
         meta, layout = self.tensors.meta, self.layout
         for row, (pad, length, coded, _) in enumerate(meta.tolist()):
             if remove > pad + length:
@@ -291,6 +309,7 @@ class LayerState:
         Raises:
             CacheStateError: tokens have been dropped, and zeros would not do in their place.
         """
+        self.keeper.settle()
         layout, state = self.layout, self.tensors
         if layout.tracked and bool(state.meta[:, CODED].any()):
             raise CacheStateError(

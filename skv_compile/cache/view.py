@@ -8,6 +8,8 @@ repetition is followed; anything else makes the layer dense for that one call.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CacheStateError, UnsupportedError
+from ..lowering import reference
 from ..retention.arrival import Arrival
 from .journal import Journal
 from .state import LayerState
@@ -31,9 +34,10 @@ class Pending:
         v: Tensor,
         position: Tensor,
         where: str,
+        begins: bool,
     ) -> None:
         self.state, self.journal, self.where = state, journal, where
-        self.k, self.v, self.position = k, v, position
+        self.k, self.v, self.position, self.begins = k, v, position, begins
         self.done = False
         self._dense: tuple[Tensor, Tensor] | None = None
 
@@ -46,12 +50,19 @@ class Pending:
             )
         self._refuse_gradients(q)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        with torch.no_grad():
-            own = (self.k, self.v, mask, self.position)
-            frames, arrival = self.state.begin_calibration(q, *own), self.state.arrival(*own)
-            out = self.state.attend(q, self.k, self.v, mask, self.position, causal, scale)
+        state, own = self.state, (self.k, self.v, mask, self.position)
+        with torch.no_grad(), self._undoing():
+            if self.begins and state.hold(q, *own, scale):
+                self.done = True
+                out = reference.attend_first(q, *own, causal, scale)
+                state.append(*own)
+                state.keeper.settle(complete=True)
+                return out
+            frames, arrival = state.begin_calibration(q, *own), state.arrival(*own)
+            attend = reference.attend_first if self.begins else state.attend
+            out = attend(q, *own, causal, scale)
             frames()
-            self.store(mask, q, scale, arrival)
+            self._store(mask, q, scale, arrival)
         return out
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -63,26 +74,31 @@ class Pending:
                     "Use scaled_dot_product_attention, or a dense cache, for this model."
                 )
             self._refuse_gradients(self.k)
-            with torch.no_grad():
+            with torch.no_grad(), self._undoing():
                 k, v = self.state.dense()
                 k.index_copy_(2, self.position, self.k)
                 v.index_copy_(2, self.position, self.v)
-                self.store(None, None, 1.0)
+                batch, heads, tokens, dim = self.k.shape
+                # Nobody knows who asked: every token is worth the same.
+                q = self.k.new_zeros(batch, heads * self.state.group, tokens, dim)
+                self._store(None, q, 1.0)
             self._dense = (k, v)
         return self._dense
 
-    def store(
-        self, mask: Tensor | None, q: Tensor | None, scale: float, arrival: Arrival | None = None
+    def _store(
+        self, mask: Tensor | None, q: Tensor, scale: float, arrival: Arrival | None = None
     ) -> None:
-        """Store the new tokens; ``q`` is None where the queries were not seen."""
+        """Store the new tokens."""
         self.done = True
         state = self.state
+        state.retain(q, self.k, self.v, mask, self.position, scale, arrival=arrival)
+        state.append(self.k, self.v, mask, self.position)
+
+    @contextmanager
+    def _undoing(self) -> Iterator[None]:
+        """An error undoes the forward, and says which layer it comes from."""
         try:
-            if q is None:  # every token is worth the same
-                batch, heads, tokens, dim = self.k.shape
-                q = self.k.new_zeros(batch, heads * state.group, tokens, dim)
-            state.retain(q, self.k, self.v, mask, self.position, scale, arrival=arrival)
-            state.append(self.k, self.v, mask, self.position)
+            yield
         except Exception as error:
             self.journal.rollback()
             error.args = (f"{self.where}: {error}",)

@@ -111,9 +111,9 @@ class Arriving:
         x = layers / self._heads.layers
         return x * (1 + (SLACK - 1) * (1 - x) ** 2)
 
-    def levels(self, steps: Tensor, allowed: int) -> Tensor:
-        """Levels of the tokens of the next layer, whose steps these are; ``allowed`` pages for
-        all layers."""
+    def levels(self, steps: Tensor, allowed: int, layers: int = 1) -> Tensor:
+        """Levels of the tokens of the next ``layers`` layers, whose steps these are; ``allowed``
+        pages for all layers."""
         heads = self._heads
         sizes = heads.sizes(steps.device)
         added = sizes.diff().expand_as(steps)
@@ -122,7 +122,7 @@ class Arriving:
             bins.flatten(), (added * (steps > 0)).flatten().double(), minlength=BINS
         )
         self._bytes = counted if self._bytes is None else self._bytes + counted
-        self._seen += 1
+        self._seen += layers
         share = self.share
         page = float(sizes[1]) * heads.layout.capacity[0]
         above = self._bytes.flip(0).cumsum(0).flip(0)

@@ -38,6 +38,18 @@ class Whole:
     lead: Tensor
     least: int
 
+    def pick(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, n, D] of tokens t [n] or [B, n]; past the end, the last one."""
+        at = (t + self.lead[:, None]).clamp(max=self.k.shape[2] - 1)
+        at = at[:, None, :, None].expand(-1, self.k.shape[1], -1, self.k.shape[3])
+        return self.k.gather(2, at), self.v.gather(2, at)
+
+    def exact(self, layout: Layout) -> Exact:
+        """All of them as exact tokens."""
+        tokens = self.k.shape[2]
+        t = torch.arange(tokens - self.least, device=self.k.device).expand(len(self.lead), -1)
+        return Exact(*self.pick(t), t - layout.sinks, t < tokens - self.lead[:, None])
+
 
 @dataclass
 class Exact:

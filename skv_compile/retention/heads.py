@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +77,12 @@ class Heads:
     def bytes(self) -> int:
         """Of all these constants."""
         return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor))
+
+    def numbers(self, layers: Sequence[int]) -> Tensor:
+        """Groups [B, n * H] of n layers that follow one another: of every row, layer by layer."""
+        size = self.batch * self.heads
+        every = torch.arange(layers[0] * size, (layers[-1] + 1) * size, device=self.norm.device)
+        return every.view(-1, self.batch, self.heads).transpose(0, 1).flatten(1)
 
     def layer(self, group: Tensor) -> Tensor:
         """The layer of every group."""

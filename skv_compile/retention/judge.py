@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Judge:
 
     def judge(
         self,
-        layer: int,
+        layers: Sequence[int],
         state: State,
         queries: Queries,
         exact: Exact | Whole,
@@ -56,26 +57,25 @@ class Judge:
         where not live; those of ``content`` get their new scores.
 
         ``moved``: k, v [B, H, n, D], i, live [B, n] of the former, and where [B, n] they stand
-        in ``exact``.
+        in ``exact``. Several layers that begin a sequence are judged as the heads of one.
         """
         policy, heads = self.policy, self.heads
         assert policy is not None
         k, v, i, live, at = moved
-        batch, n = i.shape
-        group = layer * batch * heads.heads
-        score = k.new_zeros(batch, heads.heads, n, dtype=torch.float32)
+        numbers = heads.numbers(layers)
+        score = k.new_zeros(*k.shape[:3], dtype=torch.float32)
         if policy.queries:
-            found = self._look(queries, exact, content, group, state, prompt)
-            index = at.clamp(max=found.exact.shape[2] - 1)[:, None].expand(-1, heads.heads, -1)
+            found = self._look(queries, exact, content, int(layers[0]), state, prompt)
+            index = at.clamp(max=found.exact.shape[2] - 1)[:, None].expand(-1, k.shape[1], -1)
             score = found.exact.gather(2, index)
-            if layer not in self._known:
-                self._learn(layer, state, found)
+            if not self._known.issuperset(layers):
+                self._learn(layers, numbers, state, found)
             else:
-                self._surprise(layer, Tokens.cat(content.tokens), torch.cat(found.coded))
+                for layer in layers:
+                    self._surprise(layer, Tokens.cat(content.tokens), torch.cat(found.coded))
             for old, seen in zip(content.tokens, found.coded, strict=True):
                 old.score = policy.update(old.score, seen)
-        numbers = group + torch.arange(batch * heads.heads, device=k.device)
-        every = numbers.view(batch, heads.heads, 1).expand_as(score)
+        every = numbers[..., None].expand_as(score)
         row_live = live[:, None].expand_as(score)
         level = torch.where(row_live, heads.tiers, 0)
         key_radius, value_radius = _radii(k, v, i, state, heads)
@@ -94,29 +94,26 @@ class Judge:
         queries: Queries,
         exact: Exact | Whole,
         content: Content,
-        group: int,
+        layer: int,
         state: State,
         prompt: bool,
     ) -> Evidence:
         policy, heads = self.policy, self.heads
         assert policy is not None
         last = (heads.layout, heads.scale)
+        group = layer * heads.batch * heads.heads
         if isinstance(exact, Exact):
             return look(queries, exact, content, group, state, *last, prompt, policy.observe)
         with torch.cuda.device(exact.k.device):  # Triton launches on the current one
             return look_at_prompt(queries, exact, state, *last, policy.observe)
 
-    def _learn(self, layer: int, state: State, found: Evidence) -> None:
+    def _learn(self, layers: Sequence[int], numbers: Tensor, state: State, found: Evidence) -> None:
         heads = self.heads
-        self._known.add(layer)
-        size = heads.batch * heads.heads
-        mine, rows = (
-            slice(layer * size, (layer + 1) * size),
-            slice(layer * heads.heads, (layer + 1) * heads.heads),
-        )
+        self._known.update(layers)
+        rows = slice(layers[0] * heads.heads, (layers[-1] + 1) * heads.heads)
         for name in ("query_energy", "norm", "spread"):
-            getattr(heads, name)[mine] = getattr(found, name).flatten()
-        heads.surprise[mine] = 0
+            getattr(heads, name)[numbers] = getattr(found, name)
+        heads.surprise[numbers] = 0
         if state.loss.numel():
             for n, name in enumerate(("key_loss", "key_size", "value_loss", "value_size")):
                 getattr(heads, name)[rows] = state.loss[:, n]

@@ -6,6 +6,7 @@ together; or, while a long forward passes, layer by layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +14,17 @@ from torch import Tensor
 
 from ..lowering.layout import PAGE_HEADER, Layout
 from ..lowering.prompt import on_kernels
-from ..lowering.reference.intake import Intake
+from ..lowering.reference.intake import Intake, intake
 from ..lowering.reference.pages import encode_records, page_bytes
-from ..lowering.state import CODED, LENGTH, State
+from ..lowering.state import CODED, FIRST_FRAME, FLAGS, LENGTH, State
 from .arrival import Arrival
 from .budget import Rule
+from .bundle import Bundle, joined
 from .decide import Arriving, decide, steps_for
-from .evidence import Exact, Whole, forward_queries, kept_queries, ring_queries
+from .evidence import Queries, forward_queries, kept_queries, ring_queries
 from .heads import Heads
 from .judge import Judge
 from .policies.base import ARRIVING, Policy
-from .recode import join, relevel
 from .shelf import Fresh, Shelf
 from .tokens import Content, Tokens, pages_for
 
@@ -47,6 +48,7 @@ class Keeper:
         self._memo: dict[Any, Any] = {ARRIVING: True}
         self._arriving = Arriving(heads)
         self._last_layer = -1  # that the forward in progress has gone through
+        self._bundle: Bundle | None = None
         self.shelf = Shelf(pool, policy, heads, self.states)
 
     # ------------------------------------------------------------ between steps
@@ -56,6 +58,7 @@ class Keeper:
 
         It is counted here, so that the device is asked only when a stride may be full.
         """
+        self.settle()
         stride = self.layout.stride
         if self._ahead + tokens > stride:
             self._ahead = self.maintain()
@@ -71,12 +74,18 @@ class Keeper:
 
     def forget(self, layer: int) -> None:
         """Drop every token of a layer."""
-        self.pool.release([layer])
-        self.judge.forget(layer)
+        self.settle()
+        self._forget([layer])
+
+    def _forget(self, layers: Sequence[int]) -> None:
+        self.pool.release(layers)
+        for layer in layers:
+            self.judge.forget(layer)
         self.full()
 
     def maintain(self) -> int:
         """Move the strides that are full into pages. Returns the most tokens that still wait."""
+        self.settle()
         layout = self.layout
         metas = torch.stack([s.meta for s in self.states]).cpu()
         coded, end = metas[..., CODED], self._end(metas)
@@ -99,15 +108,15 @@ class Keeper:
                 k, v, i, live = self._waiting(state)
                 if not self.layout.tracked:
                     rows = torch.stack([state.meta[:, CODED], self._end(state.meta)]).tolist()
-                    self._encode_whole(layer, state, k, v, i, *rows)
+                    self._encode_whole([layer], state, k, v, i, *rows)
                     continue
                 content = self.pool.read([layer])
                 queries, exact = ring_queries(state, self.layout)
                 at = self.layout.sinks + i % self.layout.ring
                 tokens = self.judge.judge(
-                    layer, state, queries, exact, content, (k, v, i, live, at), prompt=False
+                    [layer], state, queries, exact, content, (k, v, i, live, at), prompt=False
                 )
-                fresh.append(Fresh(layer, tokens, k, v))
+                fresh.append(Fresh([layer], tokens, k, v, state))
                 old.append(content.tokens)
             elif self.layout.tracked:
                 old.append(self.pool.read([layer], codes=False).tokens)
@@ -164,74 +173,150 @@ class Keeper:
         Raises:
             NonFiniteError, CapacityError, CacheStateError: as ``append``, before it.
         """
+        self.settle()
         layout = self.layout
         if arrival is None:
-            arrival = Arrival(k, v, mask, position, state, layout)
+            found = intake(k, v, mask, position, state.meta, layout)
+            arrival = Arrival(k, v, found, state, layout)
+        queries = forward_queries(q, arrival.found, layout, self._way)
+        self._take([layer], queries, state, scale, arrival)
+        if layout.observed and not arrival.bad:
+            kept_queries(q, arrival.found, state, layout)
+
+    def hold(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        position: Tensor,
+        scale: float,
+    ) -> bool:
+        """:meth:`take` of a forward that begins a sequence, and the fit of its frames, later and
+        together with those of the layers after it (``Bundle``); ``append`` may then come at once.
+        False where there is nothing to do together.
+
+        Raises: as :meth:`take`.
+        """
+        layout, state, tokens = self.layout, self.states[layer], k.shape[2]
+        if self._bundle is None or not self._bundle.takes(layer, k, mask, scale):
+            self.settle()
+            most = Bundle.size(k, self.pool.layers - layer)
+            fits = 0 < layout.calibrate <= tokens
+            if most == 1 or not (fits or tokens > layout.exact_slots):
+                return False
+            found = intake(k, v, mask, position, state.meta, layout)
+            form = (self._way, scale, layout)
+            self._bundle = Bundle(layer, most, k, mask, position, found, *form)
+        self._bundle.add(q, k, v)
+        if layout.observed:
+            kept_queries(q, self._bundle.found, state, layout)
+        return True
+
+    def settle(self, complete: bool = False) -> None:
+        """Do now what :meth:`hold` has put off; ``complete``: if no layer can join any more."""
+        bundle = self._bundle
+        if bundle is None or (complete and not bundle.full):
+            return
+        self._bundle = None
+        layers = bundle.layers
+        states = [self.states[n] for n in layers]
+        with torch.no_grad():
+            for state, frames in zip(states, bundle.fit(states[0].turn), strict=False):
+                for old, new in zip(state[FIRST_FRAME:], frames, strict=True):
+                    old.copy_(new)
+            state = joined(states)
+            failed = torch.stack([s.meta[:, FLAGS] for s in states]).any()
+            arrival = Arrival(bundle.k, bundle.v, bundle.found, state, self.layout, failed)
+            self._take(layers, bundle.queries(), state, bundle.scale, arrival)
+
+    def drop_held(self) -> None:
+        """Forget what :meth:`hold` has put off: the forward is undone."""
+        self._bundle = None
+
+    def _take(
+        self,
+        layers: Sequence[int],
+        queries: Queries,
+        state: State,
+        scale: float,
+        arrival: Arrival,
+    ) -> None:
+        """Store what leaves the exact window of a layer, or of several as the heads of one."""
+        layout = self.layout
         if arrival.bad:
             return  # append says so
         if arrival.first:
-            self.forget(layer)
-        if layer <= self._last_layer:  # a new forward
+            self._forget(layers)
+        if layers[0] <= self._last_layer:  # a new forward
             self._memo, self._arriving = {ARRIVING: True}, Arriving(self.heads)
-        self._last_layer, self._ahead = layer, layout.stride
+        self._last_layer, self._ahead = layers[-1], layout.stride
         self.pool.schedule.changed()
         if arrival.count > 0:
             if layout.tracked:
                 self.heads.scale = scale
-                self._judge_new(layer, state, q, arrival)
+                self._judge_new(layers, state, queries, arrival)
             else:
                 moved = arrival.leaving()
-                self._encode_whole(layer, state, *moved, arrival.begin, arrival.end)
-        if layout.observed:
-            kept_queries(q, arrival.found, state, layout)
+                self._encode_whole(layers, state, *moved, arrival.begin, arrival.end)
 
-    def _judge_new(self, layer: int, state: State, q: Tensor, arrival: Arrival) -> None:
-        """Judge and store the tokens that leave the exact window in a forward with queries q."""
-        layout, policy, found = self.layout, self.policy, arrival.found
-        assert policy is not None
+    def _judge_new(
+        self, layers: Sequence[int], state: State, queries: Queries, arrival: Arrival
+    ) -> None:
+        """Judge and store the tokens that leave the exact window."""
+        layout, found, whole = self.layout, arrival.found, arrival.whole
         k, v, i = arrival.leaving()
-        queries = forward_queries(q, found, layout, policy.queries)
-        content = self.pool.read([layer])
-        exact: Exact | Whole
-        if arrival.whole is not None and layout.kind == "digits" and on_kernels(k):
-            exact = arrival.whole
+        if arrival.first:
+            content = Content.none(len(layout.tiers), k.device)
         else:
-            exact = Exact.of_forward(arrival.sources, found, state, layout)
+            content = self.pool.read(layers)
+        kernels = layout.kind == "digits" and on_kernels(k)
+        exact = whole if whole is not None and kernels else arrival.exact()
         place = (k, v, i, i < found.new_coded[:, None], layout.sinks + i)
-        tokens = self.judge.judge(layer, state, queries, exact, content, place, arrival.first)
-        self._admit(content.tokens, Fresh(layer, tokens, k, v), found)
+        tokens = self.judge.judge(layers, state, queries, exact, content, place, arrival.first)
+        self._admit(content.tokens, Fresh(layers, tokens, k, v, state), found)
 
     def _admit(self, old: list[Tokens], fresh: Fresh, found: Intake) -> None:
-        """Store the tokens of one layer, and once all are known, settle between them."""
-        pool, heads, policy, layer = self.pool, self.heads, self.policy, fresh.layer
+        """Store the tokens of some layers, and once all are known, settle between them."""
+        pool, heads, policy, layers = self.pool, self.heads, self.policy, fresh.layers
         assert policy is not None
-        # Every layer comes to as many tokens as this one.
+        # Every layer comes to as many tokens as these.
         total = int(found.new_coded.sum()) * pool.heads * heads.layers
         allowed = self.rule.pages(total, pool.pages)
+        first, last = layers[0], layers[-1]
+        if last == heads.layers - 1 and policy.scope == "all":  # every layer is known
+            before = self._tokens(self._every[:first])
+            every = [Tokens.cat([*pair]) for pair in zip(before, old, strict=True)]
+            self.shelf.rewrite(self._every, every, [fresh], self._memo, allowed)
+            return
         both = Tokens.cat([*old, fresh.tokens])
         if policy.scope == "all":
-            level = self._arriving.levels(steps_for(policy, both, heads, self._memo), allowed)
+            steps = steps_for(policy, both, heads, self._memo)
+            level = self._arriving.levels(steps, allowed, len(layers))
         else:
             level = decide(policy, both, heads, self._memo, allowed)
-        own = int((pool.table[layer] >= 0).sum())
+        own = int((pool.table[first : last + 1] >= 0).sum())
         need = pages_for(both.at(level), self.layout)
-        if need > pool.free + own and policy.scope == "all" and pool.layers > 1:
-            # The layers before this one give way, to more than it needs, so that it is seldom.
-            others = [n for n in self._every if n != layer]
+        if need > pool.free + own and policy.scope == "all":
+            # The other layers give way, to more than these need, so that it is seldom.
+            others = [n for n in self._every if n not in layers]
             short = need - pool.free - own + pool.pages // 16
             room = pool.used - own - short
             if not bool((found.coded > 0).any()):  # of a prompt, the layers to come count too
-                room = min(room, self._arriving.part(layer, pool.pages))
+                room = min(room, self._arriving.part(first, pool.pages))
             room = max(0, room)
             self.shelf.rewrite(others, self._tokens(others), [], self._memo, room)
         if need > pool.free + own:
-            level = decide(policy, both, heads, self._memo, pool.free + own, 1 / heads.layers)
+            part = len(layers) / heads.layers
+            level = decide(policy, both, heads, self._memo, pool.free + own, part)
         sizes = [len(x) for x in old]
-        *levels, last = level.split([*sizes, len(fresh.tokens)])
-        self.shelf.store([layer], old, list(levels), [(fresh, last)])
-        if layer == heads.layers - 1 and policy.scope == "all":
-            tokens = self._tokens(self._every)
-            self.shelf.rewrite(self._every, tokens, [], self._memo, allowed)
+        *levels, new = level.split([*sizes, len(fresh.tokens)])
+        self.shelf.store(layers, old, list(levels), [(fresh, new)])
+
+    @property
+    def _way(self) -> str:
+        return "" if self.policy is None else self.policy.queries
 
     @property
     def _every(self) -> list[int]:
@@ -244,7 +329,7 @@ class Keeper:
 
     def _encode_whole(
         self,
-        layer: int,
+        layers: Sequence[int],
         state: State,
         k: Tensor,
         v: Tensor,
@@ -259,12 +344,14 @@ class Keeper:
         records = encode_records(k, v, i[:, None], state, layout, 0)
         paged = {name: x.unflatten(2, (-1, size)) for name, x in records.items()}
         pages = page_bytes(paged, layout, 0)
+        table = pool.table[layers[0] : layers[-1] + 1]
         for row, (first, last) in enumerate(zip(begin, end, strict=True)):
-            at = pool.table[layer][row, :, first // size : last // size].long()
+            at = table[:, row, :, first // size : last // size].flatten(0, 1).long()
             pool.memory[at] = pages[row, :, : at.shape[1]]
 
     def drop_after(self, layer: int, end: Tensor) -> None:
         """Drop a layer's coded tokens i >= end [B]."""
+        self.settle()
         self.pool.schedule.changed()
         if not self.layout.tracked:
             return
@@ -277,36 +364,7 @@ class Keeper:
         if any(bool((lv == 0).any()) for lv in levels):
             self.shelf.store([layer], tokens, levels, [])
 
-    # ------------------------------------------------------------ rows, and what it costs
-
-    def select(self, source: Keeper, rows: Tensor) -> None:
-        """Let the pages of row n be those of row ``rows[n]`` of another keeper, or of itself."""
-        pool, theirs = self.pool, source.pool
-        self.full()
-        self.pool.schedule.changed()
-        for n in range(source.heads.groups // (source.heads.batch * source.heads.heads)):
-            self.judge.copy(source.judge, n, rows)
-        if not self.layout.tracked:
-            shape = (theirs.layers, theirs.batch, -1, self.layout.page_bytes)
-            chosen = theirs.memory.view(shape).index_select(1, rows)
-            pool.memory.copy_(chosen.reshape(pool.memory.shape))
-            return
-        contents = []
-        for layer in range(len(source.states)):
-            contents.append(_select(theirs.read([layer]), layer, rows, theirs, self.layout))
-        pool.release(list(range(pool.layers)))
-        whole = join(contents, self.layout)
-        tokens = Tokens.cat(whole.tokens)
-        seen = sum(int(s.meta[:, CODED].index_select(0, rows).sum()) for s in source.states)
-        room = min(pool.free, self.rule.pages(seen * pool.heads, pool.pages))
-        if pages_for(tokens, self.layout) > room:
-            policy = self.policy
-            assert policy is not None
-            level = decide(policy, tokens, self.heads, {}, room)
-            whole = relevel(
-                whole, level.split([len(x) for x in whole.tokens]), source.states, self.heads
-            )
-        pool.write(whole)
+    # ------------------------------------------------------------ what it costs
 
     @property
     def bytes(self) -> int:
@@ -346,19 +404,3 @@ class Keeper:
             "tokens_by_tier": counts,
             "tokens_dropped": seen - sum(counts),
         }
-
-
-def _select(content: Content, layer: int, rows: Tensor, pool: Pool, layout: Layout) -> Content:
-    """A layer's content with rows repeated and renumbered for as many rows as ``rows``."""
-    batch, heads = pool.batch, pool.heads
-    copies = []
-    for new, old in enumerate(rows.tolist()):
-        parts, fields = [], []
-        for tokens, records in zip(content.tokens, content.records, strict=True):
-            mine = (tokens.group // heads % batch == old).nonzero().squeeze(1)
-            part = tokens[mine]
-            part.group = (layer * len(rows) + new) * heads + part.group % heads
-            parts.append(part)
-            fields.append({name: x[mine] for name, x in records.items()})
-        copies.append(Content(parts, fields))
-    return join(copies, layout)

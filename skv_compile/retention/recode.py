@@ -77,7 +77,7 @@ def join_parts(tokens: list[list[Tokens]], records: list[list[Records]], layout:
             out.tokens.append(Tokens.cat(parts))
             out.records.append({n: torch.cat([f[n] for f in fields]) for n in names})
         else:
-            out.tokens.append(_no_tokens(device))
+            out.tokens.append(Tokens.none(device))
             out.records.append({})
     return out
 
@@ -121,9 +121,3 @@ def _state_of(groups: Tensor, states: Sequence[State], heads: Heads) -> State:
             continue
         frames.append(torch.stack([state[n] for state in states])[layer, head])
     return State(*first[:FIRST_FRAME], *frames)
-
-
-def _no_tokens(device: torch.device) -> Tokens:
-    empty = torch.empty(0, device=device)
-    none = empty.long()
-    return Tokens(none, none, none, empty, empty, empty, empty.bool())

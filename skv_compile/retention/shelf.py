@@ -22,13 +22,15 @@ CHUNK_BYTES = 1 << 26  # of pages rewritten at once: what is needed twice for a 
 
 
 class Fresh(NamedTuple):
-    """Tokens of one layer that are to be coded: their vectors ``k``, ``v`` [B, H, n, D], and
-    ``tokens`` in the order of [B, H, n]."""
+    """Tokens of a layer, or of several as the heads of one, that are to be coded: their vectors
+    ``k``, ``v`` [B, H, n, D], ``tokens`` in the order of [B, H, n], and the ``state`` whose frames
+    they are coded in."""
 
-    layer: int
+    layers: Sequence[int]
     tokens: Tokens
     k: Tensor
     v: Tensor
+    state: State
 
 
 class Shelf:
@@ -65,11 +67,11 @@ class Shelf:
         changed = torch.cat([x.level != lv for x, lv in zip(old, levels, strict=True)])
         self.recoded += int((changed & (torch.cat(levels) > 0)).sum())
         chunks = []
-        for first, last in self._chunks(layers):
+        for first, last in self._chunks(layers, fresh):
             masks = [self._within(x, first, last) for x in old]
             mine = [x[m] for x, m in zip(old, masks, strict=True)]
             own = [lv[m] for lv, m in zip(levels, masks, strict=True)]
-            new = [(f, lv) for f, lv in zip(fresh, added, strict=True) if first <= f.layer <= last]
+            new = [x for x in zip(fresh, added, strict=True) if first <= x[0].layers[0] <= last]
             if not new and all(
                 bool((x.level == lv).all()) for x, lv in zip(mine, own, strict=True)
             ):
@@ -84,13 +86,21 @@ class Shelf:
         for _, _, some, mine, own, new in sorted(chunks, key=lambda c: c[:2]):
             self.store(some, mine, own, new)
 
-    def _chunks(self, layers: Sequence[int]) -> list[tuple[int, int]]:
-        """Runs of layers, first and last, whose pages are rewritten together."""
+    def _chunks(self, layers: Sequence[int], fresh: Sequence[Fresh]) -> list[tuple[int, int]]:
+        """Runs of layers, first and last, whose pages are rewritten together; of those whose fresh
+        tokens are together, all or none."""
         pool = self.pool
         size = max(1, CHUNK_BYTES // max(1, pool.memory.nbytes // pool.layers))
-        return [
-            (layers[n], layers[min(n + size, len(layers)) - 1]) for n in range(0, len(layers), size)
-        ]
+        tied = {n: f.layers[0] for f in fresh if len(f.layers) > 1 for n in f.layers}
+        chunks: list[list[int]] = []
+        for layer in layers:
+            last = chunks[-1] if chunks else []
+            same = bool(last) and tied.get(last[-1]) == tied.get(layer)
+            if same and (layer in tied or len(last) < size):
+                last.append(layer)
+            else:
+                chunks.append([layer])
+        return [(chunk[0], chunk[-1]) for chunk in chunks]
 
     def _within(self, tokens: Tokens, first: int, last: int) -> Tensor:
         layer = self.heads.layer(tokens.group)
@@ -109,11 +119,13 @@ class Shelf:
         levels they go to. ``fresh``: with theirs.
         """
         pool, layout = self.pool, self.heads.layout
-        content = pool.read(layers)
-        content.tokens = old
-        contents = [relevel(content, levels, self.states, self.heads)]
+        contents = []
+        if any(len(x) for x in old):
+            content = pool.read(layers)
+            content.tokens = old
+            contents.append(relevel(content, levels, self.states, self.heads))
         for part, level in fresh:
-            state = self.states[part.layer]
-            contents.append(encode_tokens(part.tokens.at(level), part.k, part.v, state, layout))
+            tokens = part.tokens.at(level)
+            contents.append(encode_tokens(tokens, part.k, part.v, part.state, layout))
         pool.release(layers)
         pool.write(join(contents, layout))

@@ -42,6 +42,13 @@ class Tokens:
         return Tokens(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @staticmethod
+    def none(device: torch.device) -> Tokens:
+        """No tokens."""
+        empty = torch.empty(0, device=device)
+        number = empty.long()
+        return Tokens(number, number, number, empty, empty, empty, empty.bool())
+
+    @staticmethod
     def cat(parts: list[Tokens]) -> Tokens:
         names = [f.name for f in fields(Tokens)]
         return Tokens(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
@@ -57,6 +64,11 @@ class Content:
 
     tokens: list[Tokens]
     records: list[Records]
+
+    @staticmethod
+    def none(tiers: int, device: torch.device) -> Content:
+        """No tokens."""
+        return Content([Tokens.none(device)] * tiers, [{} for _ in range(tiers)])
 
 
 class Runs(NamedTuple):
