@@ -26,7 +26,8 @@ def _columns(vectors, c, d, own, DIGITS: tl.constexpr, D: tl.constexpr):
     return tl.load(vectors + c[:, None] * D + own[None, :], mask=real, other=0.0)
 
 
-@triton.jit(do_not_specialize=["n", "i_b", "i_h", "i_t", "H", "blocks"])
+# How many tokens are decoded differs every time; a kernel for each kind of number would not do.
+@triton.jit(do_not_specialize=["n", "d_b", "d_h", "r_b", "r_h", "i_b", "i_h", "i_t", "H", "blocks"])
 def _decode(
     digits, radius, i, vectors, table, partner, out,
     n, d_b, d_h, d_t, r_b, r_h, r_t, i_b, i_h, i_t, H, blocks,

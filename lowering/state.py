@@ -26,12 +26,13 @@ BASE, KIND = range(2)
 PER_TIER = 1 << 16
 
 # Bits of ``meta[:, FLAGS]``, set where no exception can be raised (CUDA) and read between steps
-FLAG_NONFINITE, FLAG_POSITION, FLAG_FULL = 1, 2, 4
+FLAG_NONFINITE, FLAG_POSITION, FLAG_FULL, FLAG_LOST = 1, 2, 4, 8
 
 FLAG_TEXT = {
     FLAG_NONFINITE: "NaN or Inf in the keys or values of a forward; nothing of it was stored",
     FLAG_POSITION: "a forward wrote at a position that does not follow the tokens already seen",
     FLAG_FULL: "more tokens were written than the cache was made for",
+    FLAG_LOST: "storing a prompt was interrupted, and its tokens are not in the cache",
 }
 
 

@@ -81,7 +81,7 @@ def fit_beginning(
     plan: Tensor,
     layout: Layout,
 ) -> tuple[Tensor, ...] | None:
-    """The eight tensors of the key and the value basis and the loss, of every head; None if this
+    """The eight tensors of the key and the value basis, and the loss, of every head; None if this
     forward begins no sequence, has too few tokens or some that are not finite.
 
     ``queries``: of ``sample_queries``. ``valid`` [B, T]: of ``own_validity``. Heads do not know of

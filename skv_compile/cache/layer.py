@@ -51,7 +51,7 @@ class SphericalLayer(CacheLayerMixin):
         self._guessed = False  # allocated for the shapes of another layer, nothing stored yet
         self._shape: tuple[int, ...] = ()
         self._kind: tuple = ()  # what layers that share a pool have in common
-        self._seen = 0  # tokens, as the host knew when the forward in progress began
+        self._read: tuple[int, int] | None = None  # see _seen
 
     @property
     def _before(self) -> list[SphericalLayer]:
@@ -102,7 +102,7 @@ class SphericalLayer(CacheLayerMixin):
 
     def adopt(self, state: LayerState) -> None:
         """Stand for this state from now on."""
-        self.state, self.signature = state, state.signature
+        self.state, self.signature, self._read = state, state.signature, None
         self._guessed, self._shape = False, (state.batch, state.heads, state.layout.head_dim)
         self.dtype, self.device, self.batch_size = state.dtype, state.device, state.batch
         self.keys, self.values = phantom.make(state), phantom.make(state)
@@ -152,7 +152,7 @@ class SphericalLayer(CacheLayerMixin):
         state = self.state
         assert state is not None
         if self is self.siblings[0]:
-            self._begin(tokens)
+            self._begin()
         expected = (state.batch, state.heads, tokens, state.layout.head_dim)
         if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
             found = f"{list(k.shape)} {k.dtype} on {k.device}"
@@ -161,10 +161,12 @@ class SphericalLayer(CacheLayerMixin):
                 f"{state.layout.head_dim}, {state.dtype} on {state.device}, and was given {found}. "
                 "A cache serves one model and one batch: make a new SphericalCache."
             )
-        if self._seen + tokens > self.max_cache_len:
+        # One token is not waited for on an accelerator; what is wrong is flagged there.
+        seen = self._seen() if tokens > 1 or state.device.type == "cpu" else 0
+        if seen + tokens > self.max_cache_len:
             self.journal.rollback()
             raise CapacityError(
-                f"{self._seen + tokens} tokens do not fit: the cache was made for "
+                f"{seen + tokens} tokens do not fit: the cache was made for "
                 f"{self.max_cache_len}. Make it with a larger max_cache_len, or shorten the prompt."
             )
         if all(x.state is None or x.state.keeper is not state.keeper for x in self._before):
@@ -172,7 +174,7 @@ class SphericalLayer(CacheLayerMixin):
         self.journal.record(state, tokens)
         position = torch.arange(tokens, device=k.device) + self.cumulative_length
         self.cumulative_length.add_(tokens)
-        begins = tokens > 1 and self._seen == 0
+        begins = tokens > 1 and seen == 0
         pending = Pending(state, self.journal, k, v, position, self.where, begins)
         return (
             CachedTensor.make(self.keys, pending, 0),
@@ -184,39 +186,53 @@ class SphericalLayer(CacheLayerMixin):
         keys, _ = self._eager(k, v, k.shape[2])
         return keys._pending.dense()
 
-    def _begin(self, tokens: int) -> None:
+    def _begin(self) -> None:
         """A new forward: the last one stands if it reached every layer, else it is undone."""
         if self.journal.spoiled:
             raise CacheStateError(
                 "An earlier forward failed halfway, and the sliding layers of this cache cannot be "
                 "put back. Call cache.reset() and run the prompt again."
             )
-        on_cpu = self.device.type == "cpu"
-        if on_cpu or tokens > 1:
-            self._look(tokens)
-        else:  # reading would wait for the device; what is wrong is flagged there
-            for layer in self.siblings:
-                layer._seen = 0
-        # Elsewhere nothing is journalled.
-        if on_cpu and len({x._seen for x in self.siblings if x.is_initialized}) > 1:
-            self.journal.rollback()
-            raise CacheStateError(
-                "An earlier forward failed halfway. What it had stored has been taken back: "
-                "the cache is as it was before that forward. Run this one again."
-            )
+        if self.device.type == "cpu":  # elsewhere nothing is journalled, and reading would wait
+            seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
+            if len(seen) > 1:
+                self.journal.rollback()
+                raise CacheStateError(
+                    "An earlier forward failed halfway. What it had stored has been taken back: "
+                    "the cache is as it was before that forward. Run this one again."
+                )
         self.journal.commit()
 
-    def _look(self, tokens: int) -> None:
-        """Read how many tokens all layers have seen, and what a device flagged, at once."""
-        known = [x for x in self.siblings if x.state is not None]
-        states = [x.state for x in known if x.state is not None]
-        counts = torch.stack([x.cumulative_length.to(self.device) for x in known])
-        flags = torch.stack([s.tensors.meta[:, FLAGS].amax().to(self.device) for s in states])
-        seen, wrong = torch.stack([counts, flags]).tolist()
-        for layer, n, bad in zip(known, seen, wrong, strict=True):
-            layer._seen = n
-            if bad and tokens > 1 and layer.state is not None:
-                layer.state.raise_flags(layer.where)
+    def _seen(self) -> int:
+        """Tokens that this layer has seen, as its counter says. Raises what a device flagged.
+
+        Reading waits for the device, so the first layer to ask reads for those after it. What it
+        read for a layer is used once, and not when graphs have run since.
+
+        Raises:
+            CacheStateError: a flag, or layers that have seen different numbers of tokens.
+        """
+        assert self.state is not None
+        graphs = self.state.keeper.graphs
+        if self._read is None or self._read[0] != graphs:
+            own = self.siblings.index(self)
+            known = [x for x in self.siblings[own:] if x.state is not None]
+            states = [x.state for x in known if x.state is not None]
+            counts = torch.stack([x.cumulative_length.to(self.device) for x in known])
+            flags = torch.stack([s.tensors.meta[:, FLAGS].amax().to(self.device) for s in states])
+            seen, wrong = torch.stack([counts, flags]).tolist()
+            for layer, state, n, bad in zip(known, states, seen, wrong, strict=True):
+                layer._read = state.keeper.graphs, n
+                if bad:
+                    state.raise_flags(layer.where)
+            if own == 0 and len(set(seen)) > 1:
+                raise CacheStateError(
+                    "An earlier forward failed halfway: its first layers have stored tokens that "
+                    "the others have not. Call cache.reset() and run the prompt again."
+                )
+        assert self._read is not None
+        seen_here, self._read = self._read[1], None
+        return seen_here
 
     # ------------------------------------------------------------ the layer protocol
 
@@ -231,6 +247,7 @@ class SphericalLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget every token. Memory, addresses and compiled graphs stay."""
+        self._read = None
         if self.state is not None:
             self.state.reset()
         self.cumulative_length.zero_()
@@ -240,6 +257,7 @@ class SphericalLayer(CacheLayerMixin):
         """Remove the last ``-tokens_to_remove`` tokens, or keep the first ``tokens_to_remove``."""
         if self.state is None:
             return
+        self._read = None
         seen = int(self.cumulative_length)
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
         if remove > seen:

@@ -170,6 +170,8 @@ class SphericalCache(Cache):
 
     def reset(self) -> None:
         """Forget every token; the next forward starts a new sequence."""
+        for keeper in self.keepers:
+            keeper.drop_held()
         super().reset()
         self.journal.commit()
         self.journal.spoiled = False

@@ -58,6 +58,7 @@ class Pending:
                 state.append(*own)
                 state.keeper.settle(complete=True)
                 return out
+            state.keeper.settle()
             frames, arrival = state.begin_calibration(q, *own), state.arrival(*own)
             attend = reference.attend_first if self.begins else state.attend
             out = attend(q, *own, causal, scale)
@@ -99,9 +100,10 @@ class Pending:
         """An error undoes the forward, and says which layer it comes from."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # an interruption too
             self.journal.rollback()
-            error.args = (f"{self.where}: {error}",)
+            if isinstance(error, Exception):
+                error.args = (f"{self.where}: {error}",)
             raise
 
     def _refuse_gradients(self, q: Tensor) -> None:

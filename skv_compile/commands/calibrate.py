@@ -309,8 +309,8 @@ def _joined(found: list[Layout], dim: int) -> Layout:
 def _listening(states: dict[int, Any]) -> Iterator[dict[int, list[tuple[Tensor, ...]]]]:
     """{layer: [(queries, keys, values) [1, H, T, D] of every eager forward meanwhile]}.
 
-    ``begin_calibration`` is what every attention calls with all three; of these states it does not
-    fit anything, so an attribute of the same name may stand in front of the method.
+    ``hold`` and, where that declines, ``begin_calibration`` are called with all three; of these
+    states neither fits anything, so attributes of the same names may stand in front of the methods.
     """
     seen: dict[int, list[tuple[Tensor, ...]]] = {index: [] for index in states}
 
@@ -320,8 +320,9 @@ def _listening(states: dict[int, Any]) -> Iterator[dict[int, list[tuple[Tensor, 
 
     for index, state in states.items():
         state.__dict__["begin_calibration"] = functools.partial(hear, index)
+        state.__dict__["hold"] = lambda *_: False
     try:
         yield seen
     finally:
         for state in states.values():
-            del state.__dict__["begin_calibration"]
+            del state.__dict__["begin_calibration"], state.__dict__["hold"]

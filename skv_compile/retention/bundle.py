@@ -2,7 +2,8 @@
 
 Fitting, judging and coding a layer are many small operations whatever the number of heads, and
 heads do not know of each other. So the layers of a short prompt wait for one another, as heads of
-one: a long prompt, of which a single layer is large, waits for none.
+one: a long prompt, of which a single layer is large, waits for none. Nor does any on a CPU, where
+it would gain nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from ..lowering.reference.statistics import sample_queries
 from ..lowering.state import FIRST_FRAME, State
 from .evidence import Queries, forward_queries
 
-BYTES = 1 << 29  # of keys and values that wait
+#: Of keys, values and queries that wait, and of what frames are fitted to; on CPUs.
+BYTES, CPU_BYTES = 5 << 27, 0
+MOST_HEADS = 1 << 15  # of all rows; a grid of programs has no more than twice as many
+SAMPLED = 768, 2304  # queries and tokens of a layer at most that are kept or fitted to
 
 
 class Bundle:
@@ -51,9 +55,16 @@ class Bundle:
         self._queries: list[Queries] = []
 
     @staticmethod
-    def size(k: Tensor, layers: int) -> int:
-        """Of ``layers`` layers with keys like k, how many may wait for one another."""
-        return max(1, min(layers, BYTES // max(1, 2 * k.nbytes)))
+    def size(q: Tensor, k: Tensor, layers: int) -> int:
+        """Of ``layers`` layers with queries and keys like these, how many may wait for one
+        another."""
+        queries, tokens = SAMPLED
+        kept = q[:, :, 0].nbytes * min(q.shape[2], queries)
+        fitted = 2 * 4 * k.shape[1] * k.shape[3] * min(k.shape[0] * k.shape[2], tokens)
+        room = CPU_BYTES if k.device.type == "cpu" else BYTES
+        rows = k.shape[0] * k.shape[1]
+        most = min(room // max(1, 2 * k.nbytes + kept + fitted), MOST_HEADS // max(1, rows))
+        return max(1, min(layers, most))
 
     @property
     def layers(self) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ SLACK = 3.0
 
 
 def steps_for(policy: Policy, tokens: Tokens, heads: Heads, memo: dict[Any, Any]) -> Tensor:
-    """A policy's steps; of a token that is not to be kept (level 0) none is taken."""
+    """A policy's steps; none leads above a token's level."""
     steps = policy.steps(tokens, heads, memo)
-    return steps.masked_fill((tokens.level == 0)[:, None], NEVER)
+    number = torch.arange(1, steps.shape[1] + 1, device=steps.device)
+    return steps.masked_fill(number > tokens.level[:, None], NEVER)
 
 
 def decide(
@@ -111,9 +113,24 @@ class Arriving:
         x = layers / self._heads.layers
         return x * (1 + (SLACK - 1) * (1 - x) ** 2)
 
-    def levels(self, steps: Tensor, allowed: int, layers: int = 1) -> Tensor:
-        """Levels of the tokens of the next ``layers`` layers, whose steps these are; ``allowed``
-        pages for all layers."""
+    def levels(self, steps: Tensor, layer: Tensor, layers: Sequence[int], allowed: int) -> Tensor:
+        """Levels [J] of the tokens of the next ``layers``, whose steps [J, tiers] these are;
+        ``layer`` [J]: which one each is of. ``allowed`` pages for all layers.
+
+        Layers that come together are looked at one after another too: that keeps the first of
+        them from taking much more than their part, which their estimated costs would give them
+        (7 % more KL at 1.1 bits, 9 % at 2.1).
+        """
+        if len(layers) == 1:
+            return self._next(steps, allowed)
+        level = torch.zeros_like(layer)
+        for number in layers:
+            mine = (layer == number).nonzero().squeeze(1)
+            level[mine] = self._next(steps[mine], allowed)
+        return level
+
+    def _next(self, steps: Tensor, allowed: int) -> Tensor:
+        """Levels of the tokens of the next layer."""
         heads = self._heads
         sizes = heads.sizes(steps.device)
         added = sizes.diff().expand_as(steps)
@@ -122,7 +139,7 @@ class Arriving:
             bins.flatten(), (added * (steps > 0)).flatten().double(), minlength=BINS
         )
         self._bytes = counted if self._bytes is None else self._bytes + counted
-        self._seen += layers
+        self._seen += 1
         share = self.share
         page = float(sizes[1]) * heads.layout.capacity[0]
         above = self._bytes.flip(0).cumsum(0).flip(0)

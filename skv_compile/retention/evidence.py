@@ -113,6 +113,19 @@ def ring_queries(state: State, layout: Layout) -> tuple[Queries, Exact]:
     return Queries(state.queries, number, live), exact
 
 
+def waiting(state: State, end: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens of a ring that are due, up to ``end`` [B] of every row: k, v [B, H, n, D], i [B, n],
+    live [B, n]."""
+    meta = state.meta
+    n = int((end - meta[:, CODED]).max())
+    i = meta[:, CODED, None] + torch.arange(n, device=meta.device)
+    slots = layout.sinks + i % layout.ring
+    heads = state.exact_keys.shape[1]
+    at = slots[:, None, :, None].expand(-1, heads, -1, layout.head_dim)
+    k, v = state.exact_keys.gather(2, at), state.exact_values.gather(2, at)
+    return k, v, i, i < end[:, None]
+
+
 def kept_numbers(count: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """After ``count`` [B] tokens: which i each slot of kept queries has, and whether it has one."""
     every = layout.stride // layout.observed

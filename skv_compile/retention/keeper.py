@@ -1,7 +1,7 @@
 """Retention at work: tokens leave the exact window, and the pool makes room for them.
 
 Decisions are made between the steps of a model, once every ``stride`` tokens, for all layers
-together; or, while a long forward passes, layer by layer.
+together; or, while a long forward passes, for the layers that have come so far.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from ..lowering.layout import PAGE_HEADER, Layout
 from ..lowering.prompt import on_kernels
 from ..lowering.reference.intake import Intake, intake
-from ..lowering.reference.pages import encode_records, page_bytes
-from ..lowering.state import CODED, FIRST_FRAME, FLAGS, LENGTH, State
+from ..lowering.state import CODED, FIRST_FRAME, FLAG_LOST, FLAGS, LENGTH, State
 from .arrival import Arrival
 from .budget import Rule
 from .bundle import Bundle, joined
 from .decide import Arriving, decide, steps_for
-from .evidence import Queries, forward_queries, kept_queries, ring_queries
+from .evidence import Queries, forward_queries, kept_queries, ring_queries, waiting
 from .heads import Heads
 from .judge import Judge
 from .policies.base import ARRIVING, Policy
+from .recode import measured, store_whole
 from .shelf import Fresh, Shelf
 from .tokens import Content, Tokens, pages_for
 
@@ -48,7 +48,11 @@ class Keeper:
         self._memo: dict[Any, Any] = {ARRIVING: True}
         self._arriving = Arriving(heads)
         self._last_layer = -1  # that the forward in progress has gone through
+        #: How many compiled graphs have run on these layers.
+        self.graphs = 0
         self._bundle: Bundle | None = None
+        self._apart = False  # layers of this forward do not go together: their masks differ
+        self._way = "" if policy is None else policy.queries
         self.shelf = Shelf(pool, policy, heads, self.states)
 
     # ------------------------------------------------------------ between steps
@@ -105,10 +109,10 @@ class Keeper:
         fresh: list[Fresh] = []
         for layer, state in enumerate(self.states):
             if layer in due:
-                k, v, i, live = self._waiting(state)
+                k, v, i, live = waiting(state, self._end(state.meta), self.layout)
                 if not self.layout.tracked:
                     rows = torch.stack([state.meta[:, CODED], self._end(state.meta)]).tolist()
-                    self._encode_whole([layer], state, k, v, i, *rows)
+                    store_whole(self.pool, [layer], state, k, v, i, *rows)
                     continue
                 content = self.pool.read([layer])
                 queries, exact = ring_queries(state, self.layout)
@@ -139,17 +143,6 @@ class Keeper:
         layout = self.layout
         beyond = (meta[..., LENGTH] - layout.sinks - layout.recent).clamp(min=0)
         return torch.maximum(meta[..., CODED], beyond // layout.stride * layout.stride)
-
-    def _waiting(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens of a ring that are due: k, v [B, H, n, D], i [B, n], live [B, n]."""
-        layout, meta = self.layout, state.meta
-        end = self._end(meta)
-        n = int((end - meta[:, CODED]).max())
-        i = meta[:, CODED, None] + torch.arange(n, device=meta.device)
-        slots = layout.sinks + i % layout.ring
-        at = slots[:, None, :, None].expand(-1, self.pool.heads, -1, layout.head_dim)
-        k, v = state.exact_keys.gather(2, at), state.exact_values.gather(2, at)
-        return k, v, i, i < end[:, None]
 
     # ------------------------------------------------------------ while a forward passes
 
@@ -197,21 +190,26 @@ class Keeper:
         together with those of the layers after it (``Bundle``); ``append`` may then come at once.
         False where there is nothing to do together.
 
-        Raises: as :meth:`take`.
+        Raises:
+            NonFiniteError, CapacityError, CacheStateError: as ``append`` does.
         """
         layout, state, tokens = self.layout, self.states[layer], k.shape[2]
-        if self._bundle is None or not self._bundle.takes(layer, k, mask, scale):
+        bundle = self._bundle
+        if layer <= self._last_layer:
+            self._apart = False
+        if bundle is None or not bundle.takes(layer, k, mask, scale):
+            self._apart |= bundle is not None and bundle.count == 1
             self.settle()
-            most = Bundle.size(k, self.pool.layers - layer)
+            most = Bundle.size(q, k, self.pool.layers - layer)
             fits = 0 < layout.calibrate <= tokens
-            if most == 1 or not (fits or tokens > layout.exact_slots):
+            if most == 1 or self._apart or not (fits or tokens > layout.exact_slots):
                 return False
             found = intake(k, v, mask, position, state.meta, layout)
             form = (self._way, scale, layout)
-            self._bundle = Bundle(layer, most, k, mask, position, found, *form)
-        self._bundle.add(q, k, v)
+            bundle = self._bundle = Bundle(layer, most, k, mask, position, found, *form)
+        bundle.add(q, k, v)
         if layout.observed:
-            kept_queries(q, self._bundle.found, state, layout)
+            kept_queries(q, bundle.found, state, layout)
         return True
 
     def settle(self, complete: bool = False) -> None:
@@ -220,16 +218,23 @@ class Keeper:
         if bundle is None or (complete and not bundle.full):
             return
         self._bundle = None
-        layers = bundle.layers
-        states = [self.states[n] for n in layers]
-        with torch.no_grad():
-            for state, frames in zip(states, bundle.fit(states[0].turn), strict=False):
-                for old, new in zip(state[FIRST_FRAME:], frames, strict=True):
-                    old.copy_(new)
-            state = joined(states)
-            failed = torch.stack([s.meta[:, FLAGS] for s in states]).any()
-            arrival = Arrival(bundle.k, bundle.v, bundle.found, state, self.layout, failed)
-            self._take(layers, bundle.queries(), state, bundle.scale, arrival)
+        states = [self.states[n] for n in bundle.layers]
+        try:
+            with torch.no_grad():
+                self._work_on(bundle, states)
+        except BaseException:  # an interruption too: these layers count tokens that no page has
+            for state in states:
+                state.meta[:, FLAGS] |= FLAG_LOST
+            raise
+
+    def _work_on(self, bundle: Bundle, states: list[State]) -> None:
+        for state, frames in zip(states, bundle.fit(states[0].turn), strict=False):
+            for old, new in zip(state[FIRST_FRAME:], frames, strict=True):
+                old.copy_(new)
+        state = joined(states)
+        failed = torch.stack([s.meta[:, FLAGS] for s in states]).any()
+        arrival = Arrival(bundle.k, bundle.v, bundle.found, state, self.layout, failed)
+        self._take(bundle.layers, bundle.queries(), state, bundle.scale, arrival)
 
     def drop_held(self) -> None:
         """Forget what :meth:`hold` has put off: the forward is undone."""
@@ -258,8 +263,8 @@ class Keeper:
                 self.heads.scale = scale
                 self._judge_new(layers, state, queries, arrival)
             else:
-                moved = arrival.leaving()
-                self._encode_whole(layers, state, *moved, arrival.begin, arrival.end)
+                ends = arrival.begin, arrival.end
+                store_whole(self.pool, layers, state, *arrival.leaving(), *ends)
 
     def _judge_new(
         self, layers: Sequence[int], state: State, queries: Queries, arrival: Arrival
@@ -285,15 +290,18 @@ class Keeper:
         total = int(found.new_coded.sum()) * pool.heads * heads.layers
         allowed = self.rule.pages(total, pool.pages)
         first, last = layers[0], layers[-1]
-        if last == heads.layers - 1 and policy.scope == "all":  # every layer is known
-            before = self._tokens(self._every[:first])
-            every = [Tokens.cat([*pair]) for pair in zip(before, old, strict=True)]
-            self.shelf.rewrite(self._every, every, [fresh], self._memo, allowed)
-            return
         both = Tokens.cat([*old, fresh.tokens])
         if policy.scope == "all":
             steps = steps_for(policy, both, heads, self._memo)
-            level = self._arriving.levels(steps, allowed, len(layers))
+            level = self._arriving.levels(steps, heads.layer(both.group), layers, allowed)
+            if last == heads.layers - 1:  # every layer is known
+                most = level[len(level) - len(fresh.tokens) :]
+                coded = measured(fresh.tokens, fresh.k, fresh.v, most, fresh.state, self.layout)
+                fresh = fresh._replace(tokens=coded)
+                before = self._tokens(self._every[:first])
+                every = [Tokens.cat([*pair]) for pair in zip(before, old, strict=True)]
+                self.shelf.rewrite(self._every, every, [fresh], self._memo, allowed)
+                return
         else:
             level = decide(policy, both, heads, self._memo, allowed)
         own = int((pool.table[first : last + 1] >= 0).sum())
@@ -315,10 +323,6 @@ class Keeper:
         self.shelf.store(layers, old, list(levels), [(fresh, new)])
 
     @property
-    def _way(self) -> str:
-        return "" if self.policy is None else self.policy.queries
-
-    @property
     def _every(self) -> list[int]:
         return list(range(len(self.states)))
 
@@ -326,28 +330,6 @@ class Keeper:
         return self.pool.read(layers, codes=False).tokens
 
     # ------------------------------------------------------------ pages
-
-    def _encode_whole(
-        self,
-        layers: Sequence[int],
-        state: State,
-        k: Tensor,
-        v: Tensor,
-        i: Tensor,
-        begin: list[int],
-        end: list[int],
-    ) -> None:
-        """Code whole pages of consecutive tokens, from ``begin`` to ``end`` of every row, where
-        they have always had their place."""
-        layout, pool = self.layout, self.pool
-        size = layout.page_tokens
-        records = encode_records(k, v, i[:, None], state, layout, 0)
-        paged = {name: x.unflatten(2, (-1, size)) for name, x in records.items()}
-        pages = page_bytes(paged, layout, 0)
-        table = pool.table[layers[0] : layers[-1] + 1]
-        for row, (first, last) in enumerate(zip(begin, end, strict=True)):
-            at = table[:, row, :, first // size : last // size].flatten(0, 1).long()
-            pool.memory[at] = pages[row, :, : at.shape[1]]
 
     def drop_after(self, layer: int, end: Tensor) -> None:
         """Drop a layer's coded tokens i >= end [B]."""
@@ -384,6 +366,7 @@ class Keeper:
         if not layout.tracked:
             tokens = sum(int(state.meta[:, CODED].sum()) for state in self.states)
             return tokens * self.pool.heads // layout.page_tokens * layout.page_bytes
+        self.settle()
         pages = self.pool.used * (layout.page_bytes + PAGE_HEADER)
         most = 2 * layout.head_dim * self.heads.groups * layout.max_coded
         return pages + int(self.rule.table_bytes * self.coordinates / max(1, most))
@@ -392,6 +375,7 @@ class Keeper:
         """What the pool holds, as plain numbers."""
         if not self.layout.tracked:
             return {}
+        self.settle()
         tokens = Tokens.cat(self.pool.read(range(self.pool.layers), codes=False).tokens)
         counts = torch.bincount(tokens.level, minlength=self.heads.tiers + 1)[1:].tolist()
         seen = self.coordinates // (2 * self.layout.head_dim)

@@ -31,6 +31,7 @@ def levels_of(keeper: Keeper) -> torch.Tensor:
 
     A group is one (layer, row, kv head), in this order.
     """
+    keeper.settle()
     pool, layout = keeper.pool, keeper.layout
     groups = pool.layers * pool.batch * pool.heads
     levels = torch.zeros(groups, layout.max_coded, dtype=torch.uint8, device=pool.device)

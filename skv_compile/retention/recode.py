@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..lowering.codes import decode_radius
 from ..lowering.layout import Layout
-from ..lowering.reference.pages import Records, decode_records, encode_records
+from ..lowering.reference.pages import Records, decode_records, encode_records, page_bytes
 from ..lowering.state import FIRST_FRAME, State
 from .heads import Heads
 from .observe import Padded
 from .tokens import Content, Tokens, runs
 
+if TYPE_CHECKING:
+    from ..cache.pool import Pool
+
 GROUPS = 256  # coded at once
 
 
 def encode_tokens(tokens: Tokens, k: Tensor, v: Tensor, state: State, layout: Layout) -> Content:
-    """Code tokens of one layer at their levels.
+    """Code tokens of one layer, or of several as the heads of one, at their levels.
 
     ``k``, ``v`` [B, H, n, D] are the vectors of all of them, dropped ones too: token j of
     ``tokens`` is element j of [B, H, n].
@@ -38,6 +44,49 @@ def encode_tokens(tokens: Tokens, k: Tensor, v: Tensor, state: State, layout: La
         found = encode_records(k.gather(2, at), v.gather(2, at), i, state, layout, tier)
         records.append({name: x.flatten(0, 2)[fold.at] for name, x in found.items()})
     return Content(parts, records)
+
+
+def measured(
+    tokens: Tokens, k: Tensor, v: Tensor, level: Tensor, state: State, layout: Layout
+) -> Tokens:
+    """Tokens as :func:`encode_tokens` takes them, with the radii of their codes at a level, as if
+    they were stored there: what a radius is fitted to says how well a token codes, which its
+    length does not (6 % less KL at 1.1 bits)."""
+    tokens = tokens.at(level)
+    if layout.kind == "exact":
+        return tokens
+    content = encode_tokens(tokens, k, v, state, layout)
+    key, value = tokens.key_radius.clone(), tokens.value_radius.clone()
+    for tier, records in enumerate(content.records):
+        if records:
+            index = (level == tier + 1).nonzero().squeeze(1)
+            key[index] = decode_radius(records["key_radius"])[:, 0]
+            value[index] = decode_radius(records["value_radius"])[:, 0]
+    coded = torch.zeros_like(tokens.fresh)
+    return replace(tokens, key_radius=key, value_radius=value, fresh=coded)
+
+
+def store_whole(
+    pool: Pool,
+    layers: Sequence[int],
+    state: State,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    begin: list[int],
+    end: list[int],
+) -> None:
+    """Code whole pages of consecutive tokens, from ``begin`` to ``end`` of every row, where they
+    have always had their place. Arguments as in :func:`encode_tokens`; i is [B, n]."""
+    layout = pool.layout
+    size = layout.page_tokens
+    records = encode_records(k, v, i[:, None], state, layout, 0)
+    paged = {name: x.unflatten(2, (-1, size)) for name, x in records.items()}
+    pages = page_bytes(paged, layout, 0)
+    table = pool.table[layers[0] : layers[-1] + 1]
+    for row, (first, last) in enumerate(zip(begin, end, strict=True)):
+        at = table[:, row, :, first // size : last // size].flatten(0, 1).long()
+        pool.memory[at] = pages[row, :, : at.shape[1]]
 
 
 def relevel(

@@ -20,8 +20,9 @@ class Tokens:
 
     ``group`` [J] int64: (layer * batch + row) * heads + head. ``i`` [J] int64: place in the row,
     counted from the first token after the sinks. ``level`` [J] int64: 0 is dropped, n is tier
-    n - 1; of a token that is not coded yet, the number of tiers. ``score`` [J]: what the policy
-    knows of it. ``key_radius``, ``value_radius`` [J]: of its code, or of the vector in the frame.
+    n - 1; of a token that is not coded yet, the highest that it may get. ``score`` [J]: what the
+    policy knows of it. ``key_radius``, ``value_radius`` [J]: of its code, or of the vector in the
+    frame.
     ``fresh`` [J] bool: not coded yet.
     """
 

@@ -32,7 +32,7 @@ def run(tokens):
             if mode == "dense":
                 keys._pending.dense()
             else:
-                keys._pending.store(None, None, 1.0)
+                keys._pending._store(None, k, 1.0)
     one = k[:, :, :1].contiguous()
     for layer in cache.layers:
         keys, _ = layer.update(one, one)

@@ -329,7 +329,7 @@ def test_layers_that_arrive_stay_within_their_share(
         mine = tokens[heads.layer(tokens.group) == number]
         mine.score = mine.score * math.exp(rising * number)
         steps = policy.steps(mine, heads, {})
-        level = arriving.levels(steps, allowed)
+        level = arriving.levels(steps, heads.layer(mine.group), [number], allowed)
         seen.append(steps)
         shares.append(arriving.share)
         room = allowed * arriving.share * page
@@ -360,5 +360,23 @@ def test_layers_with_room_for_all_lose_nothing_as_they_arrive(codec: str) -> Non
     tokens.score[::3] = 0.0
     for number in range(LAYERS):
         mine = tokens[heads.layer(tokens.group) == number]
-        level = arriving.levels(policy.steps(mine, heads, {}), UNLIMITED)
+        layer = heads.layer(mine.group)
+        level = arriving.levels(policy.steps(mine, heads, {}), layer, [number], UNLIMITED)
         assert (level == heads.tiers).all()
+
+
+def test_layers_that_arrive_together_get_what_they_would_one_by_one() -> None:
+    heads, policy = heads_of(layers=5), RDR()
+    tokens = tokens_of(heads, 2000)
+    steps, layer = policy.steps(tokens, heads, {}), heads.layer(tokens.group)
+    one, all_at_once = Arriving(heads), Arriving(heads)
+    want = torch.zeros_like(layer)
+    for number in range(5):
+        mine = layer == number
+        want[mine] = one.levels(steps[mine], layer[mine], [number], 30)
+    got = torch.zeros_like(layer)
+    for some in (range(2), range(2, 5)):
+        mine = (layer >= some[0]) & (layer <= some[-1])
+        got[mine] = all_at_once.levels(steps[mine], layer[mine], some, 30)
+    assert torch.equal(got, want)
+    assert 0 < int((got == 0).sum()) < len(got)

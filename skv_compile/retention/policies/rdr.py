@@ -78,7 +78,7 @@ class RDR(Policy):
         cost = self.costs(tokens, heads)
         size = heads.sizes(cost.device).expand_as(cost).clone()
         level = torch.arange(cost.shape[1], device=cost.device)
-        above = (level > tokens.level[:, None]) & ~tokens.fresh[:, None]
+        above = level > tokens.level[:, None]
         below = (level < tokens.level[:, None]) & ~tokens.fresh[:, None]
         if not memo.get(ARRIVING):  # layers that have just come go where they belong
             size += below * (self.switch * 2 * heads.layout.head_dim / 8)
