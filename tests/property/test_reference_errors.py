@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sequences import SLOTS, Sequence, decoded, fp32_bound, sequences
 from support import same_state, store
 
 from skv_compile.errors import CacheStateError, CapacityError, NonFiniteError, SkvError
-from skv_compile.lowering import reference
+from skv_compile.lowering import kernels, reference
 from skv_compile.lowering.layout import Layout
 from skv_compile.lowering.state import (
     FLAG_FULL,
@@ -125,7 +127,9 @@ def elsewhere(state, seq: Sequence, begin: int, end: int) -> torch.Tensor:
     mask, place = seq.mask[:, :, begin:end], torch.arange(begin, end)
     q, k, v, position = (x.as_subclass(kind) for x in (*own, place))
     tensors = state.tensors._replace(meta=state.tensors.meta.as_subclass(kind))
-    out = reference.attend(q, k, v, mask, position, tensors, False, seq.scale, state.layout)
+    # These tensors say that they are on a GPU, and are not: no kernel may take them.
+    with mock.patch.dict(os.environ, {kernels.SWITCH: "reference"}):
+        out = reference.attend(q, k, v, mask, position, tensors, False, seq.scale, state.layout)
     if end - begin > 1:
         state.retain(*own, mask, place, seq.scale)
     q, k, v, position = (x.as_subclass(Elsewhere) for x in (*own, place))
