@@ -117,9 +117,8 @@ class Arriving:
         """Levels [J] of the tokens of the next ``layers``, whose steps [J, tiers] these are;
         ``layer`` [J]: which one each is of. ``allowed`` pages for all layers.
 
-        Layers that come together are looked at one after another too: that keeps the first of
-        them from taking much more than their part, which their estimated costs would give them
-        (7 % more KL at 1.1 bits, 9 % at 2.1).
+        Layers that come together are looked at one after another too, so that they are told the
+        same as layers that come one by one.
         """
         if len(layers) == 1:
             return self._next(steps, allowed)
