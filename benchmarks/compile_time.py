@@ -95,8 +95,8 @@ def main() -> int:
         lines.append(measure(name, args.layers))
         lines[-1]["ratio"] = lines[-1]["seconds"] / lines[0]["seconds"]
         print(lines[-1], flush=True)
-    result = {"layers": args.layers, "lines": lines}
-    common.write_json(args.json, shlex.join(["python", *sys.argv]), result)
+        result = {"layers": args.layers, "lines": lines}
+        common.write_json(args.json, shlex.join(["python", *sys.argv]), result)
     return 0
 
 
