@@ -6,6 +6,6 @@ how a cache may be compressed. `registry` lists the spellings it understands.
 """
 
 from .match import match
-from .sites import CacheWrite, Match, Refusal, Site
+from .sites import CacheWrite, Mask, Match, Refusal, Site
 
-__all__ = ["CacheWrite", "Match", "Refusal", "Site", "match"]
+__all__ = ["CacheWrite", "Mask", "Match", "Refusal", "Site", "match"]

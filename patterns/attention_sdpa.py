@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch.fx import Node
 
-from .nodes import arguments
+from .attention import Attention
+from .nodes import arguments, tensor
+from .sites import Mask
 
 _SCHEMA = torch.ops.aten.scaled_dot_product_attention.default._schema
 _NAMES = " ".join(argument.name for argument in _SCHEMA.arguments)
 _DEFAULTS = {a.name: a.default_value for a in _SCHEMA.arguments if a.has_default_value()}
-
-
-@dataclass(frozen=True)
-class Attention:
-    """An attention call with its arguments by name; the last four as the graph has them."""
-
-    node: Node
-    query: Node
-    key: Node
-    value: Node
-    mask: Node | None
-    dropout: Any
-    is_causal: Any
-    scale: Any
-    enable_gqa: Any
 
 
 def recognise(node: Node) -> Attention | None:
@@ -37,12 +21,17 @@ def recognise(node: Node) -> Attention | None:
     if node.target is not torch.nn.functional.scaled_dot_product_attention:
         return None
     call = arguments(node, _NAMES, **_DEFAULTS)
+    mask = call["attn_mask"]
+    masks: tuple[Mask, ...] = ()
+    if mask is not None:
+        fake = tensor(mask)
+        masks = (Mask(mask, "keep" if fake is not None and fake.dtype == torch.bool else "add"),)
     return Attention(
         node=node,
         query=call["query"],
         key=call["key"],
         value=call["value"],
-        mask=call["attn_mask"],
+        masks=masks,
         dropout=call["dropout_p"],
         is_causal=call["is_causal"],
         scale=call["scale"],

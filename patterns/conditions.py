@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .attention_sdpa import Attention
+from .attention import Attention
 from .nodes import known, recorded, same, tensor
 from .sites import CacheWrite, Refused
 
@@ -17,6 +17,8 @@ def check_attention(attention: Attention) -> float | None:
             f"dropout_p is {attention.dropout}, and only a literal 0.0 is known to drop nothing; "
             "attention over a compressed cache is for inference. Call model.eval().",
         )
+    if attention.problem is not None:
+        raise attention.problem
     scale = attention.scale
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
         raise Refused(
@@ -73,9 +75,9 @@ def check_write(write: CacheWrite) -> None:
         )
 
 
-def check_shapes(query: Node, key: CacheWrite, value: CacheWrite) -> None:
+def check_shapes(attention: Attention, key: CacheWrite, value: CacheWrite) -> None:
     """Refuse queries, keys and values that do not belong together one to one."""
-    q, k, v = tensor(query), recorded(key.cache), recorded(value.cache)
+    q, k, v = tensor(attention.query), recorded(key.cache), recorded(value.cache)
     new = recorded(key.source)
     if not same(k.shape[3], v.shape[3]):
         raise Refused(
@@ -93,16 +95,17 @@ def check_shapes(query: Node, key: CacheWrite, value: CacheWrite) -> None:
             f"The key cache is {list(k.shape)} {k.dtype} and the value cache {list(v.shape)} "
             f"{v.dtype}; a token's key and value are stored together, so they must match.",
         )
-    if q is None or q.dim() != 4 or not same(q.shape[0], k.shape[0]):
+    if q is None or q.dim() != 4 or not same(attention.query_shape[0], k.shape[0]):
         shape = "unknown" if q is None else list(q.shape)
         raise Refused(
             "query-batch",
             f"Queries of shape {shape} meet a cache of {k.shape[0]} rows; every query row must "
             "have a cache row of its own, with no broadcasting.",
         )
-    if not same(q.shape[2], new.shape[2]):
+    queries = attention.query_shape[2]
+    if not same(queries, new.shape[2]):
         raise Refused(
             "query-length",
-            f"{q.shape[2]} queries attend while {new.shape[2]} tokens are written; each new "
+            f"{queries} queries attend while {new.shape[2]} tokens are written; each new "
             "token needs its query, and no other.",
         )

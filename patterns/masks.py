@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .attention_sdpa import Attention
+from .attention import Attention
 from .nodes import Int, integer, known, op_name, recorded, same, tensor
 from .sites import CacheWrite, Refused
 
@@ -33,15 +33,16 @@ def has_window(mask: Node, window: Int) -> bool:
 
 def check(attention: Attention, key: CacheWrite, read_end: Node | int | None) -> None:
     """Refuse attentions that would see slots nothing was written to, or the wrong ones."""
-    tokens, slots = recorded(key.source).shape[2], recorded(attention.key).shape[2]
+    tokens, slots = recorded(key.source).shape[2], attention.slots
     if not isinstance(attention.is_causal, bool):
         raise Refused(
             "causal-symbolic",
             "`is_causal` is not a literal True or False, so what the attention may see is not "
             "known when it is compiled.",
         )
-    if attention.mask is not None:
-        _check_shape(attention.mask, slots)
+    if attention.masks:
+        for mask in attention.masks:
+            _check_shape(mask.node, slots)
     elif attention.is_causal:
         _check_alignment(key, tokens, read_end)
     elif read_end is None:
@@ -63,7 +64,7 @@ def check(attention: Attention, key: CacheWrite, read_end: Node | int | None) ->
 
 def _check_shape(mask: Node, slots: Int) -> None:
     fake = tensor(mask)
-    if fake is None or not 2 <= fake.dim() <= 4 or not same(fake.shape[-1], slots):
+    if fake is None or not 1 <= fake.dim() <= 4 or not same(fake.shape[-1], slots):
         raise Refused(
             "mask-shape",
             f"The mask `{mask.name}` does not have one entry for each of the {slots} slots read, "

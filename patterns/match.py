@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from . import conditions, masks, past_cat, past_sliding, written
-from .attention_sdpa import Attention
+from .attention import Attention
 from .gqa_enable import group
 from .layout import Layout, unreadable
 from .nodes import integer as as_integer
@@ -23,8 +23,8 @@ def match(graph: Graph) -> Match:
 
     the past       sliding, dynamic-cat, read-view, not-both-cached, cache-rank, shared-cache
     the writes     cache-not-written, written-twice, unsupported-write, written-after-read,
-                   positions-differ, cache-escapes
-    the call       dropout, scale
+                   positions-differ, changed, cache-escapes
+    the call       dropout, weights, scores, mask-value, mask-scaled, mask-dtype, scale
     the shapes     dtype, batch, source-shape, head-dim, caches-differ, query-batch, query-length
     the read       read-view, batch, gqa, read-ends-differ
     the mask       causal-symbolic, mask-shape, causal-alignment, no-mask, not-causal,
@@ -63,18 +63,20 @@ def _site(
         conditions.check_cache(read.start)
     conditions.check_distinct(key_read.start, value_read.start)
 
-    key = written.find(key_read, attention.node, order)
+    key = written.find(key_read, attention.key_reader, order)
     value = written.find(value_read, attention.node, order)
     written.check_positions(key, value, attention.node, order)
-    written.check_escapes(key_read, key, attention.node)
-    written.check_escapes(value_read, value, attention.node)
+    written.check_unchanged(attention, key, value, order)
+    written.check_escapes(key_read, key, attention)
+    written.check_escapes(value_read, value, attention)
 
     scale = conditions.check_attention(attention)
     conditions.check_write(key)
     conditions.check_write(value)
-    conditions.check_shapes(attention.query, key, value)
+    conditions.check_shapes(attention, key, value)
 
-    key_layout, value_layout = key_read.layout(), value_read.layout()
+    key_layout = key_read.layout(attention.key_axes)
+    value_layout = value_read.layout(attention.value_axes)
     gqa, group_size = _group(attention, key.cache, key_layout, value_layout)
     read_end = _read_end(key_layout, value_layout)
     masks.check(attention, key, read_end)
@@ -82,11 +84,15 @@ def _site(
     return Site(
         index=index,
         attention=attention.node,
+        inner=attention.inner,
         query=attention.query,
+        query_order=attention.query_order,
+        output_order=attention.output_order,
+        spelling=attention.spelling,
         key=key,
         value=value,
         views=key_read.chain + value_read.chain,
-        mask=attention.mask,
+        masks=attention.masks,
         is_causal=attention.is_causal,
         scale=scale,
         group_size=group_size,
@@ -125,7 +131,7 @@ def _group(attention: Attention, cache: Node, key: Layout, value: Layout) -> tup
             f"Key heads are repeated {key.repeats} times ({key.gqa}) and value heads "
             f"{value.repeats} times ({value.gqa}); a query head must use one cached head for both.",
         )
-    heads, cached = recorded(attention.query).shape[1], recorded(cache).shape[1]
+    heads, cached = attention.query_shape[1], recorded(cache).shape[1]
     return group(heads, cached, key.gqa, key.repeats, attention.enable_gqa)
 
 

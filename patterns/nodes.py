@@ -20,8 +20,8 @@ Int: TypeAlias = int | torch.SymInt
 # (reshape, contiguous, to, ...) may share it, so they are here as well.
 # fmt: off
 ALIASING = frozenset({
-    "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "getitem",
-    "movedim", "narrow", "permute", "reshape", "select", "split", "squeeze", "swapaxes",
+    "chunk", "contiguous", "detach", "diagonal", "expand", "expand_as", "flatten", "getattr",
+    "getitem", "movedim", "narrow", "permute", "reshape", "select", "split", "squeeze", "swapaxes",
     "swapdims", "t", "to", "transpose", "type", "type_as", "unbind", "unflatten", "unsqueeze",
     "view", "view_as",
 })
@@ -109,6 +109,13 @@ def mutates(node: Node, operand: Node) -> bool:
     if node.kwargs.get("out") is operand:
         return True
     return _is_in_place(node) and first_argument(node) is operand
+
+
+def base(node: Node) -> Node:
+    """The tensor whose memory a node may share."""
+    while op_name(node) in ALIASING and (inner := first_argument(node)) is not None:
+        node = inner
+    return node
 
 
 def _is_in_place(node: Node) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from .attention_sdpa import Attention
+from .attention import Attention
 from .masks import has_window
 from .nodes import first_argument, op_name, tensor
 from .read import Read, trace
@@ -54,10 +54,10 @@ def check(attention: Attention, key: Read, value: Read, whole: Overwritten) -> N
         if cache is not None:
             raise _refused(cache, "is overwritten as a whole to keep its last tokens")
         fake = tensor(read.start)
-        if attention.mask is None or not read.is_cache or fake is None or fake.dim() != 4:
+        if not read.is_cache or fake is None or fake.dim() != 4:
             continue
         slots = fake.shape[2]
-        if has_window(attention.mask, slots):
+        if any(has_window(mask.node, slots) for mask in attention.masks):
             raise _refused(read.start, f"has {slots} slots and its mask is a window of {slots}")
 
 

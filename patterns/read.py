@@ -28,17 +28,17 @@ class Read:
         """Whether the way ends at an input of the graph."""
         return self.start.op == "placeholder"
 
-    def layout(self) -> Layout:
-        """What attention sees of the cache; refuses where that is not the cache in order."""
+    def layout(self, wanted: tuple[str, ...]) -> Layout:
+        """What attention sees of the cache; refuses where its axes mean something else."""
         layout = Layout()
         for node in reversed(self.chain):
             layout = READ_STEPS[op_name(node)](node, layout)
-        if layout.axes != CACHE_AXES:
+        if layout.axes != wanted:
             raise Refused(
                 "read-view",
                 f"The attention reads the cache `{self.start.name}` with its axes in another "
-                f"order ({', '.join(layout.axes)}); the pass keeps caches as "
-                f"[{', '.join(CACHE_AXES)}].",
+                f"order ({', '.join(layout.axes)}) than [{', '.join(wanted)}]; the pass keeps "
+                f"caches as [{', '.join(CACHE_AXES)}].",
             )
         return layout
 

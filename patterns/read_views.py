@@ -67,6 +67,13 @@ def permute(node: Node, layout: Layout) -> Layout:
     return layout.moved([layout.axes[axis_of(dim, len(layout.axes))] for dim in dims])
 
 
+def attribute(node: Node, layout: Layout) -> Layout:
+    """`cache.mT`."""
+    if node.args[1] != "mT":
+        raise unreadable(node, f"takes its {node.args[1]}")
+    return layout.moved([*layout.axes[:-2], layout.axes[-1], layout.axes[-2]])
+
+
 def copy(node: Node, layout: Layout) -> Layout:
     """`contiguous()`, `clone()`, `to(...)`: the same values, if dtype and device stay."""
     before, after = tensor(node.args[0]), tensor(node)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from . import (
+    attention_manual,
     attention_sdpa,
     gqa_expand_reshape,
     gqa_repeat_interleave,
@@ -18,11 +19,14 @@ from . import (
     write_indexed_assignment,
     write_slice_copy,
 )
-from .attention_sdpa import Attention
+from .attention import Attention
 from .layout import Layout
 from .sites import CacheWrite
 
-ATTENTIONS: tuple[Callable[[Node], Attention | None], ...] = (attention_sdpa.recognise,)
+ATTENTIONS: tuple[Callable[[Node], Attention | None], ...] = (
+    attention_sdpa.recognise,
+    attention_manual.recognise,
+)
 
 CACHE_WRITES: tuple[Callable[[Node], CacheWrite | None], ...] = (
     write_index_copy.recognise,
@@ -37,6 +41,7 @@ READ_STEPS: dict[str, Callable[[Node, Layout], Layout]] = {
     "transpose": read_views.transpose,
     "swapaxes": read_views.transpose,
     "permute": read_views.permute,
+    "getattr": read_views.attribute,
     "contiguous": read_views.copy,
     "clone": read_views.copy,
     "detach": read_views.copy,

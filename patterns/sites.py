@@ -29,19 +29,36 @@ class CacheWrite:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """What an attention does to its scores, [B or 1, H or 1, T or 1, S] or with fewer axes."""
+
+    node: Node
+    form: str
+    """ "keep": bool, True where a slot is seen; "hide": bool, True where not; "add": float."""
+
+
+@dataclass(frozen=True)
 class Site:
     """An attention whose keys and values are read from two caches written just before it."""
 
     index: int
     """Position among all attentions of the graph, refused and plain ones included."""
     attention: Node
+    inner: tuple[Node, ...]
+    """What is erased right after the attention, users first: the steps of a hand-written one."""
     query: Node
-    """[B, H_q, T, D]"""
+    """[B, H_q, T, D], after its axes are permuted by `query_order`."""
+    query_order: tuple[int, ...]
+    output_order: tuple[int, ...]
+    """How [B, H_q, T, D] is permuted to the attention's result."""
+    spelling: str
+    """How the model spells the attention: "sdpa", "matmul" or "einsum"."""
     key: CacheWrite
     value: CacheWrite
     views: tuple[Node, ...]
     """The nodes between the placeholders and the attention, users first, used by nothing else."""
-    mask: Node | None
+    masks: tuple[Mask, ...]
+    """All of them hold; SDPA has at most one."""
     is_causal: bool
     """Top-left aligned, as in SDPA: query i sees slots 0..i. Never together with a mask."""
     scale: float | None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from .nodes import integer, mutates, mutations, op_name, same, tensor
+from .attention import Attention
+from .nodes import base, integer, mutates, mutations, op_name, same, tensor
 from .read import Read
 from .registry import cache_write
 from .sites import CacheWrite, Refused
@@ -81,10 +82,26 @@ def check_positions(key: CacheWrite, value: CacheWrite, attention: Node, order: 
             )
 
 
-def check_escapes(read: Read, write: CacheWrite, attention: Node) -> None:
+def check_unchanged(attention: Attention, key: CacheWrite, value: CacheWrite, order: Order) -> None:
+    """Refuse tensors that change after the model used them: the pass uses them at the end."""
+    used = [(write.source, write.node) for write in (key, value)]
+    used.append((attention.query, attention.key_reader))
+    for mask in attention.masks:
+        own = [user for user in mask.node.users if user in attention.inner]
+        used.append((mask.node, min(own, key=order.__getitem__, default=attention.node)))
+    for node, user in used:
+        for write in mutations(base(node)):
+            if order[user] < order[write] < order[attention.node]:
+                raise Refused(
+                    "changed",
+                    f"`{write.name}` changes `{node.name}` in place after `{user.name}` used it "
+                    "and before the attention is finished. Change it afterwards.",
+                )
+
+
+def check_escapes(read: Read, write: CacheWrite, attention: Attention) -> None:
     """Refuse a cache whose contents anything but this attention gets to see."""
-    views = set(read.chain)
-    allowed = {*views, *write.erase, attention}
+    allowed = {*read.chain, *write.erase, attention.node, attention.key_reader}
     for node in (write.cache, *read.chain, *write.erase):
         for user in node.users:
             if user in allowed or (node is write.cache and _is_metadata(user)):

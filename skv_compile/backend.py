@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -95,7 +96,8 @@ class SkvBackend:
         found = match(gm.graph)
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         inputs = dict(zip(nodes, example_inputs, strict=True))
-        found = _without_first_forward(_leave_foreign(found, inputs), inputs)
+        found = _leave_aliased(_leave_foreign(found, inputs), inputs)
+        found = _without_first_forward(found, inputs)
         states = _states_for(found.sites, inputs, self.config)
         record(GraphReport.of(found, states))
         self._speak_of(found)
@@ -108,13 +110,16 @@ class SkvBackend:
         inner = self._compile(done.module, done.example_inputs, states[0].config)
         columns = [nodes.index(site.key.cache) for site in found.sites]
         values = [nodes.index(site.value.cache) for site in found.sites]
-        lengths = [site.query.meta["example_value"].shape[2] for site in found.sites]
+        lengths = [site.key.source.meta["example_value"].shape[2] for site in found.sites]
         one_token = all(isinstance(n, int) and n == 1 for n in lengths)
         tokens = 1 if one_token else 1 << 30
         # The runtime knows signatures only: a graph must not keep the cache alive that made it.
         signatures = [state.signature for state in states]
         groups = [state.group for state in states]
-        return _runtime(inner, done.kept, columns, values, signatures, groups, self.config, tokens)
+        sliced = {n for n, site in enumerate(found.sites) if site.key.position_is_start}
+        return _runtime(
+            inner, done.kept, columns, values, signatures, groups, sliced, self.config, tokens
+        )
 
     def _speak_of(self, found: Match) -> None:
         # A sliding layer is bounded, and beside compressed layers a dense one is there by design.
@@ -179,6 +184,39 @@ def _leave_foreign(found: Match, inputs: dict[Any, Any]) -> Match:
         else:
             sites.append(site)
     return Match(tuple(sites), tuple(refusals), found.plain)
+
+
+def _leave_aliased(found: Match, inputs: dict[Any, Any]) -> Match:
+    """Refuse sites whose dense memory is part of a tensor that somebody else may see."""
+    tensors = [x for x in inputs.values() if isinstance(x, Tensor) and phantom.state_of(x) is None]
+    used = Counter(_memory(x) for x in tensors)
+    sites, refusals = [], list(found.refusals)
+    for site in found.sites:
+        caches = [inputs[write.cache] for write in (site.key, site.value)]
+        if any(
+            phantom.state_of(x) is None
+            and (used[_memory(x)] > 1 or x.untyped_storage().nbytes() > x.nbytes)
+            for x in caches
+        ):
+            refusals.append(
+                Refusal(
+                    site.index,
+                    site.attention,
+                    "aliased",
+                    "Its cache shares memory with another tensor, which would not see what is "
+                    "written to a compressed one. Give keys and values a tensor each: "
+                    "torch.zeros(B, H, S, D), no part of a larger one.",
+                    site.where,
+                )
+            )
+        else:
+            sites.append(site)
+    return Match(tuple(sites), tuple(refusals), found.plain)
+
+
+def _memory(x: Tensor) -> object:
+    """What tells one piece of memory from another; fakes have none."""
+    return id(x) if isinstance(x, FakeTensor) else (x.device, x.untyped_storage().data_ptr())
 
 
 def _without_first_forward(found: Match, inputs: dict[Any, Any]) -> Match:
@@ -277,14 +315,16 @@ def _runtime(
     values: list[int],
     signatures: list[str],
     groups: list[int],
+    sliced: set[int],
     config: Config,
     tokens: int,
 ) -> Callable[..., Any]:
     """What Dynamo calls: original inputs in, state tensors looked up on the phantoms.
 
     ``kept``: columns of the original inputs that stay; ``keys``, ``values``: those of the sites'
-    caches, ``groups`` their query heads a kv head; ``config``: of caches for dense buffers.
-    ``tokens`` is 1 for a graph that decodes one token a row, else more.
+    caches, ``groups`` their query heads a kv head; ``sliced``: sites that write a slice;
+    ``config``: of caches for dense buffers. ``tokens`` is 1 for a graph that decodes one token a
+    row, else more.
     """
     journal = Journal()
 
@@ -298,8 +338,10 @@ def _runtime(
             if phantom.state_of(args[key]) is None:
                 own.adopted = True
                 _import(args[key], args[value], own)
-                phantom.vacate(args[key], own)
-                phantom.vacate(args[value], own)
+                for dense in (args[key], args[value]):
+                    phantom.vacate(dense, own)
+                    if n in sliced:
+                        dense.data = _traceable(dense)
 
     def run(*args: Any) -> Any:
         feed = [args[n] for n in kept]
@@ -334,9 +376,16 @@ def _runtime(
     return run
 
 
+def _traceable(phantom: Tensor) -> Tensor:
+    """A phantom's NaN with strides that Dynamo takes for a tensor whose slices can be written."""
+    shape = phantom.shape
+    nan = phantom.new_full((sum(shape) - len(shape) + 1,), torch.nan)
+    return nan.as_strided(shape, [1] * len(shape))
+
+
 def _import(key: Tensor, value: Tensor, state: LayerState) -> None:
     """Store what a dense cache already holds, up to its last slot that is not zero."""
-    if not any(key.stride()) and key.numel() > 1:
+    if key.untyped_storage().nbytes() < key.nbytes:
         raise CacheStateError(
             "this buffer's compressed cache was lost: the module was converted, copied or moved "
             "after its first compiled step. Do that before, or register new cache buffers."

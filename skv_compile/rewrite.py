@@ -21,6 +21,8 @@ from .lowering import ops
 from .lowering.state import State
 from .patterns import Match, Site
 
+_IN_ORDER = (0, 1, 2, 3)
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -124,21 +126,19 @@ def _replace(
     number: int,
 ) -> None:
     attention = new[site.attention]
+    query = new[site.query]
     key, value = new[site.key.source], new[site.value.source]
-    mask = None if site.mask is None else new[site.mask]
     layout = state.layout
     scale = layout.head_dim**-0.5 if site.scale is None else site.scale
     with graph.inserting_before(attention):
-        if site.mask is not None and mask is not None:
-            missing = 4 - site.mask.meta["example_value"].dim()
-            if missing > 0:
-                index = (*((None,) * missing), Ellipsis)
-                mask = graph.call_function(operator.getitem, (mask, index))
+        mask = _mask(graph, site, new)
+        if site.query_order != _IN_ORDER:
+            query = graph.call_method("permute", (query, site.query_order))
         position = _position(graph, site, new, key)
         attend = graph.call_function(
             ops.attend,
             (
-                new[site.query],
+                query,
                 key,
                 value,
                 mask,
@@ -149,14 +149,14 @@ def _replace(
                 layout.key,
             ),
         )
-        tokens = site.query.meta["example_value"].shape[2]
+        tokens = site.query.meta["example_value"].shape[site.query_order[2]]
         if layout.calibrate and not (isinstance(tokens, int) and tokens < layout.calibrate):
             turn_and_frames = nodes[State._fields.index("turn") :]
             graph.call_function(
                 ops.calibrate,
-                (new[site.query], key, value, mask, position, *turn_and_frames, layout.key),
+                (query, key, value, mask, position, *turn_and_frames, layout.key),
             )
-        query, exact = new[site.query], nodes[:4]
+        exact = nodes[:4]
         if not isinstance(tokens, int) or tokens > 1:
             graph.call_function(
                 ops.retain_many,
@@ -165,13 +165,40 @@ def _replace(
         elif layout.observed:
             graph.call_function(ops.retain, (query, position, *exact[2:], layout.key))
         graph.call_function(ops.append, (key, value, mask, position, *exact, layout.key))
-    attend.meta = {k: v for k, v in attention.meta.items() if k != "val"}
-    attention.replace_all_uses_with(attend)
-    for node in (attention, *(new[n] for n in site.views)):
+        result = attend
+        if site.output_order != _IN_ORDER:
+            result = graph.call_method("permute", (attend, site.output_order))
+    for node in {attend, result}:
+        node.meta = {k: v for k, v in attention.meta.items() if k != "val"}
+    attention.replace_all_uses_with(result)
+    for node in (attention, *(new[n] for n in (*site.inner, *site.views))):
         graph.erase_node(node)
     for write in (site.key, site.value):
         for node in write.erase:
             graph.erase_node(new[node])
+
+
+def _mask(graph: Graph, site: Site, new: dict[Node, Node]) -> Node | None:
+    """The site's masks as one of four axes: bool, True where a slot is seen, or additive."""
+    if not site.masks:
+        return None
+    seen, added = None, None
+    for mask in site.masks:
+        node = new[mask.node]
+        if mask.form == "add":
+            added = node if added is None else graph.call_function(operator.add, (added, node))
+            continue
+        if mask.form == "hide":
+            node = graph.call_function(torch.logical_not, (node,))
+        seen = node if seen is None else graph.call_function(operator.and_, (seen, node))
+    merged = added if seen is None else seen
+    if seen is not None and added is not None:
+        merged = graph.call_function(torch.where, (seen, added, -torch.inf))
+    missing = 4 - max(mask.node.meta["example_value"].dim() for mask in site.masks)
+    if missing > 0:
+        index = (*((None,) * missing), Ellipsis)
+        merged = graph.call_function(operator.getitem, (merged, index))
+    return merged
 
 
 def _position(graph: Graph, site: Site, new: dict[Node, Node], key: Node) -> Node:

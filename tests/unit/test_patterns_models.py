@@ -88,7 +88,7 @@ def test_every_layer_with_a_static_cache_is_a_site(name: str, count: int) -> Non
         assert site.group_size == 4 // kv_heads
         assert site.gqa == ("none" if kv_heads == 4 else "expand_reshape")
         assert len(site.views) == (0 if kv_heads == 4 else 6)
-        assert site.mask is not None
+        assert site.masks
         assert not site.is_causal
         assert site.read_end is None
         assert site.scale == pytest.approx(0.25)

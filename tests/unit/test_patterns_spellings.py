@@ -128,7 +128,7 @@ def test_index_writes(write) -> None:
 def test_grouped_heads(write, repeat, mask) -> None:
     site = masked_site(write, repeat, MASKS[mask])
     assert (site.gqa, site.group_size) == (GROUPED[repeat], 2)
-    assert site.mask is not None
+    assert site.masks
     assert not site.is_causal
     assert_erasable(site)
 
@@ -152,7 +152,7 @@ def test_positional_arguments() -> None:
 
     arguments = tokens(), tokens(), tokens(), torch.tensor([1]), MASKS["bool"][:, :, :1]
     (site,) = match_step(step, *arguments).sites
-    assert site.mask is not None
+    assert site.masks
     assert site.scale == 0.5
 
 
@@ -223,7 +223,7 @@ def test_causal_prefill_from_the_first_slot() -> None:
     (site,) = match_step(step, tokens(5), tokens(5), tokens(5)).sites
     assert (site.key.position, site.key.position_is_start) == (0, True)
     assert site.is_causal
-    assert site.mask is None
+    assert site.masks == ()
     assert site.read_end == 5
 
 
