@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hypothesis import currently_in_test_context, note
-from programs import Program
+from programs import Program, expected
 from programs_source import as_file, inputs, to_module
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -147,3 +147,29 @@ def difference(program: Program, want: Tensor, got: Tensor, start: int) -> float
         return 0.0
     error = (want.double() - got.double()).abs().max().item()
     return error / max(1.0, want.double().abs().max().item())
+
+
+def check(ran: Ran) -> None:
+    """Every statement about one program, on one run of it."""
+    program, owed = ran.program, expected(ran.program)
+    for seen in ran.seen:
+        assert (seen.rewritten, tuple(seen.codes)) == (owed.rewrites, owed.codes)
+        assert not seen.original_changed
+        # Fake propagation finds the outputs that Dynamo promised to the model.
+        assert seen.layouts[0] == seen.layouts[1]
+        # Of the pass's own result it would rewrite nothing.
+        assert seen.module is not None
+        again = match(seen.module.graph)
+        assert len(again.sites) + len(again.refusals) == len(owed.codes)
+        if not owed.rewrites:
+            assert seen.after == seen.before
+    # The first step may be a graph, the second one where a start has become a symbol.
+    later = ran.graphs[len(program.chunks) + 1 :]
+    assert len(set(later)) <= 1
+    for (*_, start), want, got in zip(inputs(program), ran.want, ran.got, strict=True):
+        for n, (one, other) in enumerate(zip(want, got, strict=True)):
+            assert other.dtype == one.dtype
+            if not owed.rewrites:
+                assert torch.equal(one.nan_to_num(), other.nan_to_num())
+            elif n == 0 or program.mask != "padded":  # else it may show what padding became
+                assert difference(program, one, other, start) < tolerance(program)
