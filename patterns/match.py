@@ -24,7 +24,7 @@ def match(graph: Graph) -> Match:
     the past       sliding, dynamic-cat, read-view, not-both-cached, cache-rank, shared-cache
     the writes     cache-not-written, written-twice, unsupported-write, written-after-read,
                    positions-differ, changed, cache-escapes
-    the call       dropout, weights, scores, mask-value, mask-scaled, mask-dtype, scale
+    the call       dropout, flex, weights, scores, mask-value, mask-scaled, mask-dtype, scale
     the shapes     dtype, batch, source-shape, head-dim, caches-differ, query-batch, query-length
     the read       read-view, batch, gqa, read-ends-differ
     the mask       causal-symbolic, mask-shape, causal-alignment, no-mask, not-causal,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch.fx import Node
 
 from . import (
+    attention_flex,
     attention_manual,
     attention_sdpa,
     gqa_expand_reshape,
@@ -26,6 +27,7 @@ from .sites import CacheWrite
 ATTENTIONS: tuple[Callable[[Node], Attention | None], ...] = (
     attention_sdpa.recognise,
     attention_manual.recognise,
+    attention_flex.recognise,
 )
 
 CACHE_WRITES: tuple[Callable[[Node], CacheWrite | None], ...] = (

@@ -18,6 +18,7 @@ from support import (
 )
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import DynamicCache
 
 import skv_compile as skv
@@ -184,3 +185,27 @@ def test_explain_reports_what_the_backend_did_and_changes_nothing() -> None:
     assert not any(site.rewritten for site in refused.sites)
     assert all("SphericalCache" in site.reason for site in refused.sites)
     assert refused.to_dict()["refused"] == len(refused.sites)
+
+
+def test_flex_attention_is_refused_by_name(caplog) -> None:
+    def step(q, k, v, keys, values, position):
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+
+        def seen(score, b, h, i, j):
+            return torch.where(j <= position[i], score, -torch.inf)
+
+        return flex_attention(q, keys, values, score_mod=seen)
+
+    given = [torch.randn(1, 2, 3, 16) for _ in range(3)]
+    caches = [torch.zeros(1, 2, 8, 16) for _ in range(4)]
+    want = step(*given, *caches[:2], torch.arange(3))
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend="skv", options={"inner": "eager"}, fullgraph=True)
+    got = compiled(*given, *caches[2:], torch.arange(3))
+    torch.testing.assert_close(got, want)
+    assert "flex_attention" in caplog.text
+    torch._dynamo.reset()
+    strict = torch.compile(step, backend="skv", options={"strict": True}, fullgraph=True)
+    with pytest.raises(Exception, match="attn_implementation='sdpa'"):
+        strict(*given, *caches[2:], torch.arange(3))
