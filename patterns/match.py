@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from . import conditions, masks, past_cat, past_sliding, written
+from . import conditions, masks, past_cat, past_sliding, unread, written
 from .attention import Attention
 from .gqa_enable import group
 from .layout import Layout, unreadable
@@ -29,13 +29,15 @@ def match(graph: Graph) -> Match:
     the read       read-view, batch, gqa, read-ends-differ
     the mask       causal-symbolic, mask-shape, causal-alignment, no-mask, not-causal,
                    read-end
+
+    A cache that is written and read by no attention is refused last: no-attention.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     whole = past_sliding.overwritten(graph)
     sites: list[Site] = []
     refusals: list[Refusal] = []
     plain: list[Node] = []
-    attentions = (found for node in graph.nodes if (found := recognise(node)))
+    attentions = [found for node in graph.nodes if (found := recognise(node))]
     for index, attention in enumerate(attentions):
         node = attention.node
         try:
@@ -47,6 +49,7 @@ def match(graph: Graph) -> Match:
                 plain.append(node)
             else:
                 sites.append(site)
+    refusals += unread.refusals(graph, attentions)
     return Match(tuple(sites), tuple(refusals), tuple(plain))
 
 

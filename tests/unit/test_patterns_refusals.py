@@ -281,3 +281,16 @@ def test_shared_by_two_attentions() -> None:
 
     found = match_step(step, *one_token())
     assert [refusal.code for refusal in found.refusals] == ["cache-escapes"] * 2
+
+
+def test_an_attention_of_three_axes() -> None:
+    def step(keys, values, q, k, v, position, mask):
+        write(keys, values, k, v, position)
+        weights = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT) * DIM**-0.5
+        weights = weights.masked_fill(~mask, -torch.inf).softmax(-1)
+        return torch.bmm(weights, values.flatten(0, 1))
+
+    found = match_step(step, *one_token())
+    assert not found.sites
+    assert [refusal.code for refusal in found.refusals] == ["no-attention"] * 2
+    assert "scaled_dot_product_attention" in found.refusals[0].reason
