@@ -11,12 +11,13 @@ STAMP  := $(VENV)/.stamp
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint clean
+.PHONY: help venv demo test test-slow mutants lint clean
 
 help:
 	@echo "make demo       set up, then run the main job on a real model (ARGS=\"--json demo.json\")"
 	@echo "make test       set up, then run the tests that need no accelerator and little time"
 	@echo "make test-slow  every test, the slow ones included"
+	@echo "make mutants    put bugs into a copy, one at a time, and see whether the tests notice"
 	@echo "make lint       ruff and mypy"
 	@echo "make venv       only set up .venv"
 	@echo "make clean      remove .venv and tool caches"
@@ -41,6 +42,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python benchmarks/mutants.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -17,6 +17,7 @@ from programs import (
     BOOL_MASKS,
     EXAMPLES,
     MASKS,
+    SCALES,
     WRITES,
     Program,
     is_possible,
@@ -50,6 +51,12 @@ def test_every_write_is_rewritten_over_several_forwards(write: str) -> None:
 @pytest.mark.parametrize("mask", ["two_axes", "bias", "flag"])
 def test_every_attention_is_rewritten(attention: str, mask: str) -> None:
     check(run(Program(attention=attention, mask=mask, kv_heads=2, group=2, steps=1)))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_every_scale_is_rewritten(attention: str, scale: str) -> None:
+    check(run(Program(attention=attention, scale=scale, steps=1)))
 
 
 @pytest.mark.slow
