@@ -57,7 +57,7 @@ MUTANTS = (
     _attend("logits without their scale", "group * tokens, head_dim) * scale", "group * tokens, head_dim)"),
     _attend("a mask read one slot off", "slot = (token + pad[:, None, None])", "slot = (token + 1 + pad[:, None, None])"),
     _attend("query heads in another order", "out.reshape(batch, q_heads, tokens, head_dim)", "out.roll(1, 1).reshape(batch, q_heads, tokens, head_dim)"),
-    _attend("pages of the sequence before", "coded = torch.where(position[0] == 0, 0, meta[:, CODED])", "coded = meta[:, CODED]"),
+    _attend("a rewind that still sees what it replaces", "past = torch.minimum(meta[:, LENGTH], (position[0] - pad).clamp(min=0))", "past = meta[:, LENGTH]"),
     _attend("values without their radius", 'codes.decode_radius(records["value_radius"]).squeeze(-1).to(math)', "1.0 + 0 * vd[..., 0]"),
     _attend("the radius of the neighbour", 'codes.decode_radius(records["key_radius"]).to(rows.dtype)', 'codes.decode_radius(records["key_radius"]).to(rows.dtype).roll(1, 2)'),
     _attend("no past beyond the sinks", "live = torch.cat([t < past[:, None], live], 1)", "live = torch.cat([t < past[:, None], live & False], 1)"),

@@ -302,12 +302,12 @@ def to_module(p: Program) -> nn.Module:
 
 def inputs(p: Program) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     """The arguments of every forward."""
-    generator = torch.Generator().manual_seed(p.seed)
-    x = torch.randn(p.batch, p.tokens, 16, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(p.seed)
+    x = torch.randn(p.batch, p.tokens, 16, generator=generator, dtype=torch.float64, device="cpu")
     out, start = [], 0
     for count in (*p.chunks, *(1,) * p.steps):
         end = start + count
-        part = x[:, start:end].to(getattr(torch, p.dtype))
+        part = x[:, start:end].to(torch.get_default_device(), getattr(torch, p.dtype))
         out.append((part, torch.arange(start, end), start))
         start = end
     return out
