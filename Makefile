@@ -16,7 +16,7 @@ ARGS   ?=
 help:
 	@echo "make demo       set up, then run the main job on a real model (ARGS=\"--json demo.json\")"
 	@echo "make test       set up, then run the tests that need no accelerator and little time"
-	@echo "make test-slow  every test, the slow ones included"
+	@echo "make test-slow  the slow tests: thousands of random programs, every door and model"
 	@echo "make mutants    put bugs into a copy, one at a time, and see whether the tests notice"
 	@echo "make lint       ruff and mypy"
 	@echo "make venv       only set up .venv"
@@ -41,7 +41,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python benchmarks/mutants.py $(ARGS)

@@ -30,6 +30,8 @@ def group(
         return spelling, size
     if enable_gqa is True and spelling == "none":
         return "enable_gqa", size
+    if cached == 1 and spelling == "none":  # one head for all: nothing to guess
+        return "broadcast", size
     raise Refused(
         "gqa",
         f"{queries} query heads attend to {cached} cached heads repeated {repeats} "

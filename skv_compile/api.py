@@ -12,7 +12,7 @@ from .backend import SkvBackend
 from .cache import phantom
 from .cache.spherical import SphericalCache
 from .config import Config, make_config
-from .errors import ConfigError
+from .errors import ConfigError, UnsupportedError
 from .integrations import hf
 from .report import Report, listening
 
@@ -75,25 +75,31 @@ def explain(model: Any, *args: Any, config: Config | None = None, **kwargs: Any)
     """Run ``model(*args, **kwargs)`` once and report every attention: rewritten, or why not.
 
     The graphs are rewritten and run without Inductor. A transformers model that is given no
-    cache gets a :class:`SphericalCache` of its own. A cache that is passed in advances as in any
-    forward.
+    cache gets a :class:`SphericalCache` of its own, and one more forward allocates it. A cache
+    that is passed in advances as in any forward.
 
     Returns:
         A :class:`Report`: ``.sites`` (``.rewritten``, ``.reason``, ``.where``), ``str()``,
         ``.to_json()``.
+
+    Raises:
+        SkvError: the model is refused as a whole, not one of its attentions.
     """
     attachment = getattr(model, "_skv", None)
     settings = config or (attachment.config if attachment is not None else Config())
     forward = attachment._forward if attachment is not None else model
     if hf.is_hf_model(model) and kwargs.get("past_key_values") is None:
-        kwargs = {**kwargs, "past_key_values": _cache_like(model, settings, args, kwargs)}
+        kwargs = {**kwargs, "past_key_values": _cache_like(forward, model, settings, args, kwargs)}
     backend = SkvBackend(config=settings.replace(strict=False), options={"inner": "eager"})
     backend.nonce = object()  # a graph compiled before would not be reported
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
     dense = [(x, x.data, x.clone()) for x in buffers if phantom.state_of(x) is None]
     try:
-        with listening() as graphs, torch.no_grad():
+        with listening() as graphs, torch.no_grad(), hf.own_errors():
             torch.compile(forward, backend=backend)(*args, **kwargs)
+    except UnsupportedError:
+        if not any(not site.rewritten for graph in graphs for site in graph.sites):
+            raise  # no attention to blame
     finally:
         for buffer, data, values in dense:
             if phantom.state_of(buffer) is not None:  # the look must not change the module
@@ -102,17 +108,23 @@ def explain(model: Any, *args: Any, config: Config | None = None, **kwargs: Any)
     return Report(tuple(graph for graph in graphs if graph.sites or graph.plain))
 
 
-def _cache_like(model: Any, config: Config, args: tuple, kwargs: dict) -> SphericalCache:
-    """A cache for one forward, allocated, so that the whole forward is one graph."""
+def _cache_like(
+    forward: Any, model: Any, config: Config, args: tuple, kwargs: dict
+) -> SphericalCache:
+    """An empty cache for one forward, allocated, so that the whole forward is one graph.
+
+    Layers may differ in heads and head dim, which configs have many names for: the model is run
+    and they are seen.
+    """
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     ids = next((x for x in given if x is not None), None)
     if ids is None:
         raise ConfigError(
             "explain runs the model once and was given no input: skv.explain(model, input_ids)."
         )
+    hf.check_model_class(model)
     cache = SphericalCache(model.config, ids.shape[1] + config.sinks + config.recent, config)
-    text = model.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache.early_initialization(ids.shape[0], heads, dim, model.dtype, model.device)
+    with torch.no_grad():
+        forward(*args, **{**kwargs, "past_key_values": cache})
+    cache.reset()
     return cache

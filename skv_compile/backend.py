@@ -23,7 +23,7 @@ from .cache.home import make_keeper
 from .cache.journal import Journal
 from .cache.state import LayerState
 from .config import Config, make_config, nearest
-from .errors import CacheStateError, ConfigError, UnsupportedError
+from .errors import CacheStateError, ConfigError, UnsupportedError, shown
 from .lowering import ops
 from .patterns import Match, Refusal, Site, match
 from .report import GraphReport, record
@@ -78,10 +78,16 @@ class SkvBackend:
         settings, extra = split_options(options or {})
         self.config = make_config(config, **settings)
         self.inner = extra.get("inner", "inductor")
-        if self.inner not in ("inductor", "eager"):
-            raise ConfigError(f"inner={self.inner!r}: expected 'inductor' or 'eager'.")
+        if not isinstance(self.inner, str) or self.inner not in ("inductor", "eager"):
+            raise ConfigError(f"inner={shown(self.inner)}: expected 'inductor' or 'eager'.")
+        inductor = extra.get("inductor", {})
+        if not isinstance(inductor, dict):
+            raise ConfigError(
+                f"inductor={shown(inductor)}: expected a dict of Inductor's settings, such as "
+                "{'max_autotune': True}."
+            )
         self.nonce: object = None  # set where a graph must not be shared with an equal backend
-        self.inductor = {**_mode_options(mode), **extra.get("inductor", {})}
+        self.inductor = {**_mode_options(mode), **inductor}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SkvBackend) and self._key() == other._key()
@@ -156,12 +162,12 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return settings, {k: v for k, v in options.items() if k not in fields}
 
 
-def _mode_options(mode: str | None) -> dict[str, Any]:
-    if mode in (None, "default"):
+def _mode_options(mode: Any) -> dict[str, Any]:
+    if mode is None or (isinstance(mode, str) and mode == "default"):
         return {}
     known = torch._inductor.list_mode_options()
-    if mode not in known:
-        raise ConfigError(f"mode={mode!r} is not known.{nearest(str(mode), list(known))}")
+    if not isinstance(mode, str) or mode not in known:
+        raise ConfigError(f"mode={shown(mode)} is not known.{nearest(str(mode), list(known))}")
     return dict(known[mode])
 
 
@@ -253,6 +259,9 @@ def _name(source: Any) -> str:
 def _states_for(sites: Sequence[Site], inputs: dict[Any, Any], config: Config) -> list[LayerState]:
     """The states behind sites: those of their phantoms, or new ones for dense buffers."""
     states = [_state_of(site, inputs, config) for site in sites]
+    for site, state in zip(sites, states, strict=True):
+        if state is not None:
+            state.check_group(site.group_size, site.where)
     dense = [site for site, state in zip(sites, states, strict=True) if state is None]
     groups = [site.group_size for site in dense]
     made = iter(_new_states([inputs[site.key.cache] for site in dense], groups, config))

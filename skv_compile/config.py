@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import numbers
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .retention.policies import POLICIES
 
 CODECS = ("frame", "grid", "rings", "identity")
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
+MOST_TOKENS = 2**31 - 1  # pages number tokens in int32
+MOST_BYTES = 2**63 - 1
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"codec": "identity"},
@@ -81,9 +86,15 @@ class Config:
         "Needed with retention='retrieval', and only there.",
     )
 
+    if not TYPE_CHECKING:  # checkers read the fields; Python would raise a bare TypeError
+
+        def __new__(cls, /, *_: Any, **settings: Any) -> Config:
+            check_names(settings)
+            return super().__new__(cls)
+
     def __post_init__(self) -> None:
         _choice("codec", self.codec, CODECS)
-        if self.retention == "":
+        if isinstance(self.retention, str) and self.retention == "":
             object.__setattr__(self, "retention", _default_retention(self.codec))
         _choice("retention", self.retention, tuple(POLICIES))
         for name, low in (("sinks", 0), ("recent", 1), ("page_tokens", 8)):
@@ -91,13 +102,17 @@ class Config:
             if name == "page_tokens" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ConfigError(f"{name}={value!r}: expected an integer of at least {low}.")
+                raise ConfigError(f"{name}={shown(value)}: expected an integer of at least {low}.")
+            if value > MOST_TOKENS:
+                raise ConfigError(f"{name}={shown(value)}: expected at most {MOST_TOKENS}.")
         if self.page_tokens is not None and self.page_tokens % 8:
             raise ConfigError(f"page_tokens={self.page_tokens}: expected a multiple of 8.")
         if isinstance(self.bits, bool) or not isinstance(self.bits, (int, float)):
-            raise ConfigError(f"bits={self.bits!r}: expected a number of bits per coordinate.")
+            raise ConfigError(f"bits={shown(self.bits)}: expected a number of bits per coordinate.")
         if not 0 < self.bits <= 64:
-            raise ConfigError(f"bits={self.bits}: expected more than 0 and at most 64.")
+            raise ConfigError(f"bits={shown(self.bits)}: expected more than 0 and at most 64.")
+        if not isinstance(self.strict, bool):
+            raise ConfigError(f"strict={shown(self.strict)}: expected True or False.")
         if self.budget is not None:
             parse_bytes(self.budget)
         if self.frame is not None:
@@ -114,29 +129,31 @@ class Config:
                     "--retrieval-heads FILE"
                 )
             return
-        if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        file = _file_name(name)
+        if not file:
             raise ConfigError(
-                f"retention_table={name!r}: expected the name of a file written by skv calibrate "
-                "--retrieval-heads."
+                f"retention_table={shown(name)}: expected the name of a file written by skv "
+                "calibrate --retrieval-heads."
             )
         if not wanted:
             raise ConfigError(
-                f"retention_table={name!r} with retention={self.retention!r}: the table is for "
-                "retention='retrieval'. Leave one of the two out."
+                f"retention_table={shown(name)} with retention={self.retention!r}: the table is "
+                "for retention='retrieval'. Leave one of the two out."
             )
-        object.__setattr__(self, "retention_table", os.fspath(name))
+        object.__setattr__(self, "retention_table", file)
 
     def _check_frame(self) -> None:
-        if not isinstance(self.frame, (str, os.PathLike)) or not os.fspath(self.frame):
+        file = _file_name(self.frame)
+        if not file:
             raise ConfigError(
-                f"frame={self.frame!r}: expected the name of a file written by skv calibrate."
+                f"frame={shown(self.frame)}: expected the name of a file written by skv calibrate."
             )
         if self.codec != "frame":
             raise ConfigError(
-                f"frame={self.frame!r} with codec={self.codec!r}: saved frames are for "
+                f"frame={shown(self.frame)} with codec={self.codec!r}: saved frames are for "
                 "codec='frame'. Leave one of the two out."
             )
-        object.__setattr__(self, "frame", os.fspath(self.frame))
+        object.__setattr__(self, "frame", file)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -156,7 +173,7 @@ class Config:
         _choice("preset", name, tuple(PRESETS))
         return Config(**PRESETS[name])
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, /, **changes: Any) -> Config:
         """A copy with some fields changed; unknown names raise with the nearest one suggested."""
         check_names(changes)
         if "codec" in changes and self.retention == _default_retention(self.codec):
@@ -173,7 +190,7 @@ def check_names(options: dict[str, Any]) -> dict[str, Any]:
     known = [f.name for f in dataclasses.fields(Config)]
     for name in options:
         if name not in known:
-            raise ConfigError(f"unknown option {name!r}.{nearest(name, known)}")
+            raise ConfigError(f"unknown option {shown(name)}.{nearest(name, known)}")
     return options
 
 
@@ -181,15 +198,16 @@ def make_config(config: Config | None = None, **overrides: Any) -> Config:
     """The configuration that ``config`` with ``overrides`` means."""
     if config is not None and not isinstance(config, Config):
         raise ConfigError(
-            f"config={config!r}: expected a skv.Config. To change single settings, name them: "
+            f"config={shown(config)}: expected a skv.Config. To change single settings, name them: "
             "skv.compile(model, bits=2.125)."
         )
     return (config or Config()).replace(**overrides)
 
 
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+def nearest(name: object, known: list[str] | tuple[str, ...]) -> str:
     """' Did you mean ...? Known: ...' for an error about a name."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    text = name if isinstance(name, str) else ""
+    close = difflib.get_close_matches(text, known, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Known: {', '.join(known)}."
 
@@ -205,18 +223,41 @@ _UNITS = (
 )
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: float | str) -> int:
     """'2GiB', '500 MB' or a number -> bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
-    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+    count = _bytes(value)
+    if not 1 <= count <= MOST_BYTES:
         raise ConfigError(
-            f"budget={value!r}: expected a positive number of bytes, or a size such as '2GiB'."
+            f"budget={shown(value)}: expected a positive number of bytes, or a size such as "
+            f"'2GiB'{f', at most {MOST_BYTES} bytes' if count > 0 else ''}."
         )
-    return int(float(found[1]) * _UNITS[found[2]])
+    return count
 
 
-def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is not known.{nearest(str(value), known)}")
+def _bytes(value: object) -> int:
+    """0 for what is no size."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) else 0
+    if not isinstance(value, str) or len(value) > 80:
+        return 0
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)", value.strip())
+    if found is None or found[2] not in _UNITS:
+        return 0
+    return int(Fraction(found[1]) * _UNITS[found[2]])
+
+
+def _file_name(value: Any) -> str:
+    """The name of a file, '' for what cannot be one."""
+    try:
+        name = os.fspath(value)
+        os.fsencode(name)
+    except (TypeError, ValueError):
+        return ""
+    return name if isinstance(name, str) and "\0" not in name else ""
+
+
+def _choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(f"{name}={shown(value)} is not known.{nearest(value, known)}")

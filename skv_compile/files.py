@@ -15,9 +15,9 @@ CACHE_VARIABLE = "SKV_CACHE_DIR"
 def cache_folder() -> Path:
     """The folder for models and generated code (``SKV_CACHE_DIR`` overrides it)."""
     if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
+        return Path(os.path.expanduser(chosen))  # Path.expanduser raises for ~nobody
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "skv_compile"
+    return Path(os.path.expanduser(base)) / "skv_compile"
 
 
 @contextlib.contextmanager

@@ -247,9 +247,6 @@ def attend(
             batch, -1, tokens, -1
         )
         own = apply_mask(own, full, heads, group)
-    elif causal and tokens > 1:
-        keep = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
-        own = apply_mask(own, keep[None, None], heads, group)
     soft.add("exact", own, v.to(math), None)
 
     out = soft.result(spaces)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from ..codec.tiers import choose_layout, layouts
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import CapacityError, ConfigError
 from ..lowering.layout import EXACT_DTYPES, PAGE_HEADER, Layout
 from ..retention.budget import Rule
 from ..retention.heads import Heads
@@ -14,6 +18,29 @@ from ..retention.keeper import Keeper
 from ..retention.policies import make_policy
 from .pool import Pool
 from .schedule import Schedule
+
+#: What torch's allocators say where they have no class of their own for it.
+_NO_MEMORY = re.compile(r"can't allocate|not enough memory|Storage size calculation overflowed")
+
+
+@contextmanager
+def allocating(tokens: int) -> Iterator[None]:
+    """Memory that is not there becomes an error that says which setting asked for it.
+
+    Raises:
+        CapacityError: a cache of ``tokens`` tokens does not fit.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        mine = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not mine and not _NO_MEMORY.search(str(error)):
+            raise
+        reason = str(error).split("\n")[0]
+        raise CapacityError(
+            f"there is no memory for a cache of {tokens} tokens ({reason}). Lower max_cache_len, "
+            "the batch, sinks, recent or page_tokens, or set budget=."
+        ) from error
 
 
 def make_keeper(
@@ -44,14 +71,13 @@ def make_keeper(
     if budget is not None and policy is None:
         layout = _finest_within(config, layout, layers, batch, heads, group, budget, turned, device)
     rule = Rule(layout, layers * batch * heads, None if budget is not None else config.bits)
-    beside = 0  # bytes of the kernels' list of work, of every page
+    beside = taken = 0  # bytes of the kernels' list of work of every page; and of all but pages
     known = Heads.empty(layout, layers, batch, heads, len(layout.tiers) - 1, device)
     if policy is not None and budget is not None:
-        budget -= layers * exact_bytes(layout, batch, heads, group) + known.bytes
-        budget -= frame_bytes(layout, heads, layers, config.frame is not None)
         fixed, beside = Schedule.cost(layers, batch, heads, group, layout, device)
-        budget -= fixed
-    pages = None if policy is None else rule.pool_pages(budget, beside)
+        taken = layers * exact_bytes(layout, batch, heads, group) + known.bytes + fixed
+        taken += frame_bytes(layout, heads, layers, config.frame is not None)
+    pages = None if policy is None else rule.pool_pages(budget, beside, taken)
     pool = Pool(layers, batch, heads, layout, pages, device, group)
     return Keeper(pool, policy, known, rule)
 

@@ -6,8 +6,11 @@ already stored theirs. The journal remembers what each layer looked like.
 
 from __future__ import annotations
 
+import threading
+
 from torch import Tensor
 
+from ..errors import CacheStateError
 from .state import LayerState, Undo
 
 
@@ -21,6 +24,39 @@ class Journal:
         self._entries: dict[int, tuple[LayerState, Undo, Tensor | None]] = {}
         self.dense_layers = 0  # layers of the same cache that cannot be put back
         self.spoiled = False
+        # "of": the thread of the forward in progress. A dict, for setdefault is atomic.
+        self._thread: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """A forward begins in this thread.
+
+        Raises:
+            CacheStateError: as :meth:`check`.
+        """
+        self._thread.setdefault("of", threading.get_ident())
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a thread while a forward of another one is in progress.
+
+        Raises:
+            CacheStateError: it is.
+        """
+        if not self._mine:
+            raise CacheStateError(
+                "A forward of another thread is not over, and a cache serves one at a time. Give "
+                "each thread a SphericalCache of its own; if that forward failed, call "
+                "cache.reset()."
+            )
+
+    @property
+    def _mine(self) -> bool:
+        mine = threading.get_ident()
+        return self._thread.get("of", mine) == mine
+
+    def end(self) -> None:
+        """The forward in progress has reached the last layer; it may still be undone."""
+        self._thread.clear()
 
     def record(self, state: LayerState, tokens: int) -> None:
         """Remember a layer before ``tokens`` tokens are written to it.
@@ -34,12 +70,24 @@ class Journal:
         counter = None if state.counter is None else state.counter.clone()
         self._entries[id(state)] = (state, state.snapshot(tokens), counter)
 
-    def commit(self) -> None:
-        """The forward is over: forget what it would take to undo it."""
+    @property
+    def open(self) -> bool:
+        """Whether nobody has said yet that the last forward is over."""
+        return bool(self._entries)
+
+    def forget(self) -> None:
+        """The last forward stands: forget what it would take to undo it."""
         self._entries.clear()
 
+    def commit(self) -> None:
+        """The forward in progress is over, and stands."""
+        self.forget()
+        self.end()
+
     def rollback(self) -> None:
-        """Put every layer of the failed forward back as it was."""
+        """Put every layer of the failed forward back as it was, if it is one of this thread."""
+        if not self._mine:
+            return
         if self._entries and self.dense_layers:
             self.spoiled = True
         for state, undo, counter in self._entries.values():
@@ -47,3 +95,4 @@ class Journal:
             if counter is not None and state.counter is not None:
                 state.counter.copy_(counter)
         self._entries.clear()
+        self.end()

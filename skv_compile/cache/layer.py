@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,14 @@ from transformers.cache_utils import CacheLayerMixin
 from ..codec.rotary import rotary_plan
 from ..codec.saved import SavedFrames
 from ..codec.tiers import tier_names
-from ..config import Config
-from ..errors import CacheStateError, CapacityError, UnsupportedError
+from ..config import MOST_TOKENS, Config
+from ..errors import CacheStateError, CapacityError, ConfigError, UnsupportedError, shown
 from ..lowering.ops import slots
 from ..lowering.state import FLAGS
 from ..retention.keeper import Keeper
 from . import phantom
-from .home import make_keeper
+from .check import check_pair, check_rows
+from .home import allocating, make_keeper
 from .journal import Journal
 from .state import LayerState
 from .view import CachedTensor, Pending
@@ -65,19 +67,25 @@ class SphericalLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the shapes, dtype and device of the first keys and values."""
+        check_pair(self.where, key_states, value_states)
         batch, heads, _, head_dim = key_states.shape
-        if value_states.shape[-1] != head_dim or value_states.shape[1] != heads:
+        if not 0 < batch * heads <= MOST_TOKENS or key_states.is_meta:
             raise UnsupportedError(
-                f"{self.where}: keys are [{heads} heads, {head_dim}], values "
-                f"[{value_states.shape[1]} heads, {value_states.shape[-1]}]; a compressed layer "
-                "needs equal shapes. Use a dense cache for this model."
+                f"{self.where}: a compressed layer needs rows, kv heads and a device that holds "
+                f"numbers, and was given {list(key_states.shape)} on {key_states.device}. Run the "
+                "model on a prompt of at least one row."
             )
+        rows = [x.batch_size for x in self.siblings if x.is_initialized and not x._guessed]
+        check_rows(self.where, batch, rows)
         shape = (batch, heads, head_dim, self.max_cache_len, key_states.dtype, key_states.device)
         turn = rotary_plan(self.model_config, head_dim)
         group = group_of(self.model_config)
-        keeper = self._keeper(shape, group, turn is not None)
         saved = None if self.saved is None else partial(self.saved.layer, self.index)
-        state = LayerState(self.config, *shape, turn=turn, saved=saved, group=group, keeper=keeper)
+        with allocating(self.max_cache_len):
+            keeper = self._keeper(shape, group, turn is not None)
+            state = LayerState(
+                self.config, *shape, turn=turn, saved=saved, group=group, keeper=keeper
+            )
         self.adopt(state)
 
     def _keeper(self, shape: tuple, group: int, turned: bool) -> Keeper:
@@ -88,13 +96,11 @@ class SphericalLayer(CacheLayerMixin):
                 keeper = other.state.keeper
                 joins = other._kind == shape and len(keeper.states) < keeper.pool.layers
                 if joins:
-                    self._kind = shape
                     return keeper
         waiting = [x for x in self.siblings if x.state is None]
         alone = len(waiting) < count or self.is_initialized
         layers = 1 if alone else count
         part = None if budget is None else budget * layers // count
-        self._kind = shape
         batch, heads, dim, tokens, dtype, device = shape
         return make_keeper(
             self.config, layers, batch, heads, dim, tokens, dtype, device, group, part, turned
@@ -105,6 +111,7 @@ class SphericalLayer(CacheLayerMixin):
         self.state, self.signature, self._read = state, state.signature, None
         self._guessed, self._shape = False, (state.batch, state.heads, state.layout.head_dim)
         self.dtype, self.device, self.batch_size = state.dtype, state.device, state.batch
+        self._kind = (*self._shape, self.max_cache_len, state.dtype, state.device)
         self.keys, self.values = phantom.make(state), phantom.make(state)
         self.cumulative_length = self.cumulative_length.to(state.device)
         torch._dynamo.mark_static_address(self.cumulative_length)
@@ -127,11 +134,9 @@ class SphericalLayer(CacheLayerMixin):
         Traced, this is the plain spelling of a static cache, which the ``skv`` backend
         rewrites. Eagerly, the returned tensors answer ``scaled_dot_product_attention``.
         """
-        tokens = key_states.shape[2]
         if not torch.compiler.is_compiling():
-            if not self._fits(key_states):
-                self.lazy_initialization(key_states, value_states)
-            return self._eager(key_states, value_states, tokens)
+            return self._eager(key_states, value_states)
+        tokens = key_states.shape[2]
         if not self._fits(key_states):
             return _first_update(self, key_states, value_states)
         differs = self._shape != (*key_states.shape[:2], key_states.shape[3])
@@ -148,11 +153,22 @@ class SphericalLayer(CacheLayerMixin):
         self.values.index_copy_(2, position, value_states)
         return self.keys, self.values
 
-    def _eager(self, k: Tensor, v: Tensor, tokens: int) -> tuple[CachedTensor, CachedTensor]:
-        state = self.state
-        assert state is not None
+    def _eager(self, k: Tensor, v: Tensor) -> tuple[CachedTensor, CachedTensor]:
+        """What attention reads. An error undoes the forward."""
         if self is self.siblings[0]:
             self._begin()
+        try:
+            check_pair(self.where, k, v)
+            if not self._fits(k):
+                self.lazy_initialization(k, v)
+            return self._pending(k, v, k.shape[2])
+        except BaseException:
+            self.journal.rollback()
+            raise
+
+    def _pending(self, k: Tensor, v: Tensor, tokens: int) -> tuple[CachedTensor, CachedTensor]:
+        state = self.state
+        assert state is not None
         expected = (state.batch, state.heads, tokens, state.layout.head_dim)
         if tuple(k.shape) != expected or k.dtype != state.dtype or k.device != state.device:
             found = f"{list(k.shape)} {k.dtype} on {k.device}"
@@ -164,7 +180,6 @@ class SphericalLayer(CacheLayerMixin):
         # One token is not waited for on an accelerator; what is wrong is flagged there.
         seen = self._seen() if tokens > 1 or state.device.type == "cpu" else 0
         if seen + tokens > self.max_cache_len:
-            self.journal.rollback()
             raise CapacityError(
                 f"{seen + tokens} tokens do not fit: the cache was made for "
                 f"{self.max_cache_len}. Make it with a larger max_cache_len, or shorten the prompt."
@@ -174,8 +189,8 @@ class SphericalLayer(CacheLayerMixin):
         self.journal.record(state, tokens)
         position = torch.arange(tokens, device=k.device) + self.cumulative_length
         self.cumulative_length.add_(tokens)
-        begins = tokens > 1 and seen == 0
-        pending = Pending(state, self.journal, k, v, position, self.where, begins)
+        begins, ends = tokens > 1 and seen == 0, self is self.siblings[-1]
+        pending = Pending(state, self.journal, k, v, position, self.where, begins, ends)
         return (
             CachedTensor.make(self.keys, pending, 0),
             CachedTensor.make(self.values, pending, 1),
@@ -183,7 +198,7 @@ class SphericalLayer(CacheLayerMixin):
 
     def dense_update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`update` for code that cannot read codes: dense keys and values."""
-        keys, _ = self._eager(k, v, k.shape[2])
+        keys, _ = self._eager(k, v)
         return keys._pending.dense()
 
     def _begin(self) -> None:
@@ -193,15 +208,32 @@ class SphericalLayer(CacheLayerMixin):
                 "An earlier forward failed halfway, and the sliding layers of this cache cannot be "
                 "put back. Call cache.reset() and run the prompt again."
             )
-        if self.device.type == "cpu":  # elsewhere nothing is journalled, and reading would wait
-            seen = {int(x.cumulative_length) for x in self.siblings if x.is_initialized}
-            if len(seen) > 1:
-                self.journal.rollback()
-                raise CacheStateError(
-                    "An earlier forward failed halfway. What it had stored has been taken back: "
-                    "the cache is as it was before that forward. Run this one again."
-                )
-        self.journal.commit()
+        self.journal.begin()
+        self.take_back()
+        self.journal.forget()
+
+    def take_back(self) -> None:
+        """Undo a forward that did not reach every layer, or whose attention never came.
+
+        Raises:
+            CacheStateError: there was one.
+        """
+        self.journal.check()
+        if self.state is not None and self.device.type != "cpu":
+            return  # nothing is journalled there, and reading would wait
+        # Nobody confirmed the last forward: then layers that it should have allocated count too.
+        open_ = self.journal.open
+        layers = [x for x in self.siblings if x.is_initialized or open_]
+        seen = {int(x.cumulative_length) for x in layers}
+        if open_:
+            states = [x.state for x in layers if x.state is not None]
+            seen |= {int(s.tensors.meta[0, :2].sum()) for s in states}
+        if len(seen) > 1:
+            self.journal.rollback()
+            raise CacheStateError(
+                "An earlier forward failed halfway. What it had stored has been taken back: "
+                "the cache is as it was before that forward. Run this one again."
+            )
 
     def _seen(self) -> int:
         """Tokens that this layer has seen, as its counter says. Raises what a device flagged.
@@ -255,13 +287,24 @@ class SphericalLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens, or keep the first ``tokens_to_remove``."""
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"crop({shown(tokens_to_remove)}): expected an integer, such as -3 to remove the "
+                "last 3 tokens."
+            ) from error
         if self.state is None:
             return
+        if self is self.siblings[0]:
+            self.take_back()
         self._read = None
         seen = int(self.cumulative_length)
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
         if remove > seen:
-            raise CacheStateError(f"crop({tokens_to_remove}): the cache has seen {seen} tokens.")
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): the cache has seen {seen} tokens. Remove at most those."
+            )
         if remove == seen:
             self.reset()
         elif remove:
@@ -294,6 +337,8 @@ def group_of(model_config: Any) -> int:
     text = model_config.get_text_config(decoder=True)
     queries = getattr(text, "num_attention_heads", None)
     keys = getattr(text, "num_key_value_heads", None) or queries
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        keys = 1  # Falcon has no other word for it
     if isinstance(queries, int) and isinstance(keys, int) and keys and queries % keys == 0:
         return queries // keys
     return 1

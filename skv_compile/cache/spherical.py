@@ -12,13 +12,26 @@ from ..codec.rotary import rotary_plan
 from ..codec.saved import SavedFrames, load_frames
 from ..codec.tiers import choose_layout, tier_names
 from ..config import Config, make_config
-from ..errors import CacheStateError, ConfigError, UnsupportedError
+from ..errors import CacheStateError, ConfigError, UnsupportedError, shown
 from ..lowering.state import LENGTH
 from ..retention.keeper import Keeper
 from .journal import Journal
 from .layer import SphericalLayer
 from .rows import select_rows
 from .state import SHARED, LayerState
+
+#: What the layers of transformers' static caches are, where they are not plain full attention.
+_KINDS = {
+    "DummyLayer": "nothing of its own",
+    "LinearAttentionLayer": "linear attention",
+    "LinearAttentionAndStaticFullAttentionLayer": "linear and full attention in one layer",
+    "LinearAttentionAndStaticSlidingWindowAttentionLayer": "linear attention and a sliding window "
+    "in one layer",
+    "StaticIndexedLayer": "attention to tokens that an index picks",
+    "StaticSlidingWindowLayer": "a sliding window",
+}
+#: Those of a size that does not grow with the tokens: nothing is lost by leaving them as they are.
+_BOUNDED = _KINDS.keys() - {"LinearAttentionAndStaticFullAttentionLayer", "StaticIndexedLayer"}
 
 
 class SphericalCache(Cache):
@@ -46,20 +59,25 @@ class SphericalCache(Cache):
             or max_cache_len < 1
         ):
             raise ConfigError(f"max_cache_len={max_cache_len!r}: expected a positive integer.")
-        layers = list(StaticCache(config=model_config, max_cache_len=max_cache_len).layers)
-        full = [n for n, layer in enumerate(layers) if type(layer) is StaticLayer]
-        if not full:
-            raise UnsupportedError(
-                f"{type(model_config).__name__} has no full-attention layer with a KV cache, so "
-                "there is nothing to compress. Use the model's own cache."
+        if not hasattr(model_config, "get_text_config"):
+            raise ConfigError(
+                f"SphericalCache got {shown(model_config)} for a model's config. "
+                "Pass model.config: SphericalCache(model.config, max_cache_len)."
             )
+        layers = static_layers(model_config, max_cache_len)
+        full = [n for n, layer in enumerate(layers) if type(layer) is StaticLayer]
+        own = _layer_configs(model_config, len(layers))
         saved = None if self.config.frame is None else load_frames(self.config.frame)
-        _check_early(self.config, model_config, max_cache_len, saved)
+        if saved is not None:
+            check_frames(saved, model_config)
+        for head_dim, layer_config in {_head_dim(own[n]): own[n] for n in full}.items():
+            if head_dim is not None:
+                _check_early(self.config, layer_config, head_dim, max_cache_len, saved)
         self.journal = Journal()
         siblings: list[SphericalLayer] = []
         for n in full:
             layers[n] = SphericalLayer(
-                max_cache_len, self.config, n, siblings, self.journal, model_config, saved
+                max_cache_len, self.config, n, siblings, self.journal, own[n], saved
             )
             siblings.append(layers[n])
         self.journal.dense_layers = len(layers) - len(full)
@@ -90,7 +108,7 @@ class SphericalCache(Cache):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of every tensor this cache holds, dense sliding layers included."""
+        """Bytes of every tensor this cache holds, those of layers left as they are included."""
         sizes: dict[int, int] = {}
         for state in self.states:
             own = [x for n, x in enumerate(state.tensors) if n not in SHARED and x.numel()]
@@ -104,8 +122,13 @@ class SphericalCache(Cache):
         return sum(state.dense_bytes for state in self.states) + self._dense_layer_bytes()
 
     def _dense_layer_bytes(self) -> int:
-        others = [x for x in self.layers if not isinstance(x, SphericalLayer) and x.is_initialized]
-        return sum(x.keys.nbytes + x.values.nbytes for x in others)
+        found: list[Any] = []
+        for layer in self.layers:
+            if not isinstance(layer, SphericalLayer):
+                found += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+                for name in ("conv_states", "recurrent_states"):  # of linear attention
+                    found += getattr(layer, name, {}).values()
+        return sum(x.nbytes for x in found if x is not None)
 
     @property
     def bits_per_coordinate(self) -> float:
@@ -156,6 +179,8 @@ class SphericalCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let every row be ``repeats`` rows that follow one another."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ConfigError(f"repeats={shown(repeats)}: expected a whole number of at least 1.")
         if self.states:
             rows = torch.arange(self.states[0].batch, device=self.states[0].device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
@@ -177,20 +202,89 @@ class SphericalCache(Cache):
         self.journal.spoiled = False
 
 
-def _check_early(
-    config: Config, model_config: Any, max_cache_len: int, saved: SavedFrames | None
-) -> None:
-    """Refuse at construction what the first forward would refuse."""
+def static_layers(model_config: Any, max_cache_len: int) -> list[Any]:
+    """The layers of transformers' own static cache for a model.
+
+    Raises:
+        UnsupportedError: there is no such cache, or none of its layers can be compressed.
+    """
+    name = type(model_config).__name__
+    try:
+        layers = list(StaticCache(config=model_config, max_cache_len=max_cache_len).layers)
+    except KeyError as error:
+        raise UnsupportedError(
+            f"{name} has layers of type {error}, for which transformers has no static cache. Use "
+            "the model's own cache."
+        ) from error
+    kinds = list(dict.fromkeys(type(layer).__name__ for layer in layers))
+    if StaticLayer.__name__ in kinds:
+        _refuse_shared(model_config)
+        return layers
+    growing = [kind for kind in kinds if kind not in _BOUNDED]
+    if growing:
+        raise UnsupportedError(
+            f"{name} caches keys and values in layers that are not supported: {_words(growing)}. "
+            "Only plain full attention is compressed. Use the model's own cache."
+        )
+    raise UnsupportedError(
+        f"{name} has no full-attention layer with a KV cache, so there is nothing to compress: "
+        f"{_words(kinds)}. Use the model's own cache."
+    )
+
+
+def _refuse_shared(model_config: Any) -> None:
+    """Refuse full-attention layers that read what another layer has stored."""
     text = model_config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None and getattr(text, "hidden_size", None):
-        head_dim = text.hidden_size // text.num_attention_heads
-    if saved is not None:
-        saved.check_config(model_config)
-    if isinstance(head_dim, int):
-        turned = rotary_plan(model_config, head_dim) is not None
-        layout = choose_layout(config, head_dim, max_cache_len, "float32", turned)
-        if saved is not None and config.budget is None:
-            for index, layer in saved.about["layers"].items():
-                if layer["shape"][1] == head_dim:
-                    saved.layer(int(index), layer["shape"][0], layout)
+    modes = getattr(text, "kv_sharing_modes", None) or []
+    kinds = getattr(text, "layer_types", None) or []
+    reading = [
+        str(n)
+        for n, (mode, kind) in enumerate(zip(modes, kinds, strict=False))
+        if (mode, kind) == ("reuse", "full_attention")
+    ]
+    if reading:
+        raise UnsupportedError(
+            f"{type(model_config).__name__}: full-attention layers ({', '.join(reading)}) read the "
+            "keys and values of an earlier layer, and a compressed layer serves one attention. "
+            "Use the model's own cache."
+        )
+
+
+def _words(kinds: list[str]) -> str:
+    return ", ".join(f"{x} ({_KINDS[x]})" if x in _KINDS else x for x in kinds)
+
+
+def _layer_configs(model_config: Any, count: int) -> Any:
+    """The config of each layer: where layers differ, the model's own does not say what they are."""
+    text = model_config.get_text_config(decoder=True)
+    return getattr(text, "per_layer_config", None) or [text] * count
+
+
+def _head_dim(config: Any) -> int | None:
+    """What one layer's config says, None if it says nothing."""
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and getattr(config, "hidden_size", None):
+        head_dim = config.hidden_size // config.num_attention_heads
+    return head_dim if isinstance(head_dim, int) else None
+
+
+def check_frames(saved: SavedFrames, model_config: Any) -> None:
+    """Refuse a model that saved frames do not fit, as far as its config says."""
+    if getattr(model_config.get_text_config(decoder=True), "is_heterogeneous", False):
+        raise UnsupportedError(
+            f"{type(model_config).__name__} has layers of several shapes, which saved frames are "
+            "not made for. Leave out frame=."
+        )
+    saved.check_config(model_config)
+
+
+def _check_early(
+    config: Config, layer_config: Any, head_dim: int, max_cache_len: int, saved: SavedFrames | None
+) -> None:
+    """Refuse at construction what the first forward would refuse of layers of ``head_dim``."""
+    turned = rotary_plan(layer_config, head_dim) is not None
+    layout = choose_layout(config, head_dim, max_cache_len, "float32", turned)
+    if saved is not None and config.budget is None:
+        for index, layer in saved.about["layers"].items():
+            if layer["shape"][1] == head_dim:
+                saved.layer(int(index), layer["shape"][0], layout)

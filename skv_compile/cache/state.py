@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codec.tiers import frames_of
 from ..config import Config
-from ..errors import CacheStateError, ConfigError
+from ..errors import CacheStateError, ConfigError, NonFiniteError, UnsupportedError
 from ..lowering import ops, reference
 from ..lowering.layout import Layout
 from ..lowering.reference.intake import intake
@@ -136,6 +136,15 @@ class LayerState:
 
     # ------------------------------------------------------------ what it does
 
+    def check_group(self, group: int, where: str) -> None:
+        """Refuse an attention of another number of query heads a kv head than was made room for."""
+        if group != self.group:
+            raise UnsupportedError(
+                f"{where}: {group} query heads attend to each kv head, and this cache was made for "
+                f"{self.group}, as the model's config says. Correct num_attention_heads and "
+                "num_key_value_heads of the config, or use a dense cache for this model."
+            )
+
     def attend(
         self,
         q: Tensor,
@@ -161,7 +170,14 @@ class LayerState:
     ) -> Callable[[], None]:
         """:meth:`calibrate`, but frames are only written when the result is called."""
         form = (self.tensors.turn, self.layout)
-        finish = reference.begin_calibration(q, k, v, mask, position, *form)
+        try:
+            finish = reference.begin_calibration(q, k, v, mask, position, *form)
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteError(
+                f"no frames can be fitted to this prompt ({error}): its queries, keys or values "
+                "are NaN, Inf or too large. Nothing was stored. Try bfloat16 or float32, or check "
+                "the weights."
+            ) from error
         return partial(finish, self.tensors[FIRST_FRAME:])
 
     def arrival(

@@ -35,9 +35,11 @@ class Pending:
         position: Tensor,
         where: str,
         begins: bool,
+        ends: bool,
     ) -> None:
         self.state, self.journal, self.where = state, journal, where
-        self.k, self.v, self.position, self.begins = k, v, position, begins
+        self.k, self.v, self.position = k, v, position
+        self.begins, self.ends = begins, ends  # a sequence; the forward
         self.done = False
         self._dense: tuple[Tensor, Tensor] | None = None
 
@@ -49,8 +51,13 @@ class Pending:
                 "A compressed layer serves one attention; use a dense cache for this model."
             )
         self._refuse_gradients(q)
+        if self.k.shape[2] == 0:  # nothing to store, and nobody to attend
+            with self._undoing():
+                self.done = True
+            return torch.zeros_like(q)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         state, own = self.state, (self.k, self.v, mask, self.position)
+        state.check_group(q.shape[1] // state.heads, self.where)
         with torch.no_grad(), self._undoing():
             if self.begins and state.hold(q, *own, scale):
                 self.done = True
@@ -82,7 +89,9 @@ class Pending:
                 batch, heads, tokens, dim = self.k.shape
                 # Nobody knows who asked: every token is worth the same.
                 q = self.k.new_zeros(batch, heads * self.state.group, tokens, dim)
-                self._store(None, q, 1.0)
+                if tokens:
+                    self._store(None, q, 1.0)
+                self.done = True
             self._dense = (k, v)
         return self._dense
 
@@ -100,6 +109,8 @@ class Pending:
         """An error undoes the forward, and says which layer it comes from."""
         try:
             yield
+            if self.ends:
+                self.journal.end()
         except BaseException as error:  # an interruption too
             self.journal.rollback()
             if isinstance(error, Exception):
@@ -272,6 +283,27 @@ def _is_prefix(index: tuple) -> bool:
     )
 
 
+def _check(query: Tensor, key: Tensor, mask: Tensor | None, pending: Pending) -> None:
+    """Refuse queries of other rows than the cache has, and a mask of other slots."""
+    problem = ""
+    if query.dim() != 4 or (query.shape[0], query.shape[3]) != (key.shape[0], key.shape[3]):
+        problem = (
+            f"queries {list(query.shape)} do not fit keys {list(key.shape)}. Make them "
+            "[batch, heads, tokens, head dim] of the same rows"
+        )
+    elif mask is not None:
+        wanted = (*query.shape[:3], key.shape[2])
+        sizes = zip(mask.shape, wanted, strict=False)
+        if mask.dim() != 4 or any(n not in (1, size) for n, size in sizes):
+            problem = (
+                f"a mask of {list(mask.shape)} does not fit {list(wanted)}, the queries and the "
+                "slots of the cache. Make it with the sizes that cache.get_mask_sizes() gives"
+            )
+    if problem:
+        pending.journal.rollback()
+        raise UnsupportedError(f"{pending.where}: {problem}.")
+
+
 def _sdpa(
     query: Tensor,
     key: Tensor,
@@ -301,6 +333,8 @@ def _sdpa(
         )
     if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    if isinstance(key, CachedTensor):
+        _check(query, key, attn_mask, pending)
     tokens = pending.k.shape[2]
     packed = same and tokens == 1 and query.shape[2] != 1 and query.shape[1] == key.shape[1]
     causal = is_causal and tokens > 1

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..files import replacing
 from ..lowering.layout import Layout
 
@@ -45,6 +45,8 @@ _MODEL_FIELDS = ("model_type", *_SIZES, "head_dim", "rope_parameters")
 #: Weights that a fine-tuned model shares with nobody: what keys and queries are made with.
 _WEIGHTS = re.compile(r"(^|[._])(w?[qk]|w?qkv|query|key|\w*_key_value|c_attn)(_proj)?\.weight$")
 _AGAIN = "Make it with: skv calibrate MODEL --text FILE --out"
+#: What reading a file raises that is not what it should be.
+_DAMAGE = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,15 @@ def load_frames(path: str | os.PathLike[str]) -> SavedFrames:
         ConfigError: it is missing, damaged, foreign, or of another version.
     """
     name = os.fspath(path)
-    full = os.path.realpath(os.path.expanduser(name))
     try:
+        full = os.path.realpath(os.path.expanduser(name))
         stat = os.stat(full)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: no name that a system can have
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"frame={name!r}: {reason}. {_AGAIN} {name}") from error
     if not os.path.isfile(full):
         raise ConfigError(f"frame={name!r} is not a file. {_AGAIN} FILE.")
-    return _load(name, full, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    return _load(name, full, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
 
 
 @functools.lru_cache(maxsize=2)
@@ -186,21 +188,22 @@ def _load(name: str, full: str, *_changes: int) -> SavedFrames:
     try:
         with safe_open(full, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-            if text is None:
-                raise ConfigError(f"{name} is a safetensors file without frames. {_AGAIN} FILE.")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        # Read, not mapped: a mapping changes with the file, and kills where that gets shorter.
+        tensors = {} if text is None else load(Path(full).read_bytes())
+    except (SafetensorError, OSError, *_DAMAGE) as error:
         raise ConfigError(
             f"{name} is not a safetensors file, or is damaged: {error}. {_AGAIN} {name}"
         ) from error
+    if text is None:
+        raise ConfigError(f"{name} is a safetensors file without frames. {_AGAIN} FILE.")
     try:
         about = json.loads(text)
         if about["version"] != VERSION:
-            problem = f"has version {about['version']!r}, and this program reads {VERSION}"
+            problem = f"has version {shown(about['version'])}, and this program reads {VERSION}"
         else:
             problem = next(_problems(about, tensors), "")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        problem = f"is damaged: its metadata does not describe frames ({error!r})"
+    except _DAMAGE as error:
+        problem = f"is damaged: its metadata does not describe frames ({shown(error)})"
     if problem:
         raise ConfigError(f"{name} {problem}. {_AGAIN} {name}")
     return SavedFrames(about, tensors, name)
@@ -226,7 +229,11 @@ def _problems(about: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str
     about["name"], about["model"]["model_type"], about["block"] + about["page_tokens"]
     [f"{bits:g}" for bits in about["bits"]]
     shapes: dict[str, tuple[int, ...]] = {"weights": (len(about["weights"]), SAMPLES)}
+    if not all(isinstance(name, str) for name in about["weights"]):
+        yield "is damaged: a name among its weights is no text"
     for index, layer in about["layers"].items():
+        if not re.fullmatch("[0-9]{1,9}", index):
+            yield f"is damaged: {shown(index)} is no number of a layer"
         heads, dim = layer["shape"]
         for side in SIDES:
             for name, size in (("into", (dim, dim)), ("back", (dim + 1, dim))):

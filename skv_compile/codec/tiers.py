@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import HEAD_DIMS, Config
-from ..errors import ConfigError, UnsupportedError
+from ..config import HEAD_DIMS, MOST_TOKENS, Config
+from ..errors import ConfigError, UnsupportedError, shown
 from ..lowering.codes import Basis, decode_radius, encode_radius, stored
 from ..lowering.grid import grid_frame
 from ..lowering.layout import EXACT_DTYPES, Digits, Layout
@@ -225,7 +225,8 @@ def check_shape(head_dim: int, dtype: str) -> None:
         )
     if dtype not in EXACT_DTYPES:
         raise UnsupportedError(
-            f"a cache of dtype {dtype} is not supported; supported are {', '.join(EXACT_DTYPES)}."
+            f"a cache of dtype {dtype} is not supported; supported are {', '.join(EXACT_DTYPES)}. "
+            "Load the model in one of these."
         )
 
 
@@ -237,9 +238,11 @@ def choose_layout(
 
     Raises:
         UnsupportedError: the head dim or the dtype has no tier.
-        ConfigError: not even the coarsest tier fits.
+        ConfigError: not even the coarsest tier fits, or pages cannot number so many tokens.
     """
     check_shape(head_dim, dtype)
+    if max_tokens > MOST_TOKENS:
+        raise ConfigError(f"max_cache_len={shown(max_tokens)}: expected at most {MOST_TOKENS}.")
     if config.retention != "none":
         return shared_layout(config, head_dim, max_tokens, dtype, turned)
     available = layouts(config, head_dim, max_tokens, dtype, turned)

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import textwrap
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from ..backend import SkvBackend, refuse_gradients
-from ..cache.spherical import SphericalCache
+from ..cache.spherical import SphericalCache, check_frames, static_layers
 from ..codec.saved import check_model, load_frames
 from ..config import Config
 from ..errors import CacheStateError, SkvError, UnsupportedError
+
+log = logging.getLogger(__name__)
+
+#: Attention implementations that the pass can see into: a call of
+#: ``scaled_dot_product_attention``, or products and a softmax.
+READABLE = ("sdpa", "eager")
 
 #: Caches made by generate() are rounded up to this many tokens, so that prompts of similar
 #: length share one compiled graph.
@@ -34,16 +44,14 @@ class Attachment:
     """What ``skv.compile`` adds to one model.
 
     Prefill runs eagerly (one forward, any length); single-token forwards on a
-    ``SphericalCache`` run compiled with the ``skv`` backend.
+    ``SphericalCache`` run compiled with the ``skv`` backend. Where that cannot be, a warning says
+    so once, and each layer is made dense for its attention; ``strict`` makes it an error.
     """
 
     def __init__(self, model: Any, config: Config, mode: str | None) -> None:
-        if model.config.is_encoder_decoder:
-            raise UnsupportedError(
-                f"{type(model).__name__} is an encoder-decoder model; only decoder-only models are "
-                "supported. Nothing was changed."
-            )
+        check_model_class(model)
         if config.frame is not None:
+            check_frames(load_frames(config.frame), model.config)
             check_model(load_frames(config.frame), model)
         self.config, self.mode = config, mode
         SkvBackend(config=config, mode=mode)  # refuse a wrong mode now
@@ -53,6 +61,8 @@ class Attachment:
         self._generate = getattr(model, "generate", None)
         self._compiled: Any = None
         self._cache: SphericalCache | None = None
+        self._dense: dict[str, str] = {}  # attention implementation -> why it is left dense
+        self._readable(model)
 
     # ------------------------------------------------------------ forward
 
@@ -80,22 +90,67 @@ class Attachment:
                 "A cache serves one batch: make a new SphericalCache."
             )
         try:
-            if tokens == 1 and cache.is_initialized and _compiles(model, kwargs):
-                # Every length and batch size is a graph of its own, and a user may have many.
-                with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                    out = self.compiled(model.device)(*args, **kwargs)
+            readable = self._readable(model)
+            if tokens == 1 and cache.is_initialized and readable and self._wants(model, kwargs):
+                out = self._step(model, *args, **kwargs)
             else:
                 out = self._forward(*args, **kwargs)
             cache.journal.commit()
             return out
         except BackendCompilerFailed as error:
-            inner = getattr(error, "inner_exception", None)
-            if isinstance(inner, SkvError):
-                raise inner from None
-            raise
+            raise own_error(error) from None
         except BaseException:
             cache.journal.rollback()
             raise
+
+    def _step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The compiled forward, or the plain one where attention by hand cannot be rewritten."""
+        try:
+            # Every length and batch size is a graph of its own, and a user may have many.
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                return self.compiled(model.device)(*args, **kwargs)
+        except TorchDynamoException as error:  # of tracing or compiling: nothing has run
+            own, name = own_error(error), attention_of(model)
+            mistaken = isinstance(own, SkvError) and not isinstance(own, UnsupportedError)
+            if name == "sdpa" or mistaken or self.config.strict:
+                raise
+            self._leave_dense(model, name, f"cannot be compiled ({_shortened(own)})")
+        return self._forward(*args, **kwargs)
+
+    def _readable(self, model: Any) -> bool:
+        """Whether the pass may rewrite this model's attention. If it may not, it is said once."""
+        name = attention_of(model)
+        if name not in READABLE and name not in self._dense:
+            self._leave_dense(model, name, "is not one that the pass can rewrite")
+        return name not in self._dense
+
+    def _wants(self, model: Any, kwargs: dict) -> bool:
+        """Whether a forward wants nothing that only attention by hand gives."""
+        wanted = kwargs.get("output_attentions") or model.config.output_attentions
+        if wanted and "weights" not in self._dense:
+            self._leave_dense(model, "weights", "is asked for its weights (output_attentions)")
+        return not wanted
+
+    def _leave_dense(self, model: Any, key: str, why: str) -> None:
+        """Warn that forwards are not compiled, or raise if ``strict``. ``key``: once for each."""
+        name = attention_of(model)
+        text = f"{type(model).__name__}: attention {name!r} {why}."
+        if key == "weights":
+            remedy = "Leave output_attentions out."
+        elif name != "sdpa" and getattr(model, "_supports_sdpa", False):
+            remedy = 'Load the model with attn_implementation="sdpa".'
+        else:
+            remedy = "skv.explain(model, input_ids) says more."
+        if self.config.strict:
+            raise UnsupportedError(f"{text} strict=True asks for compiled attention. {remedy}")
+        self._dense[key] = why
+        more = ""
+        if self.config.retention != "none":
+            more = f" That needs retention='none': {self.config.retention!r} may drop tokens."
+        log.warning(
+            f"{text} Such forwards run uncompiled, and each layer is made dense for the length of "
+            f"its own attention.{more} {remedy}"
+        )
 
     def _refuse(self, model: Any, cache: SphericalCache) -> None:
         if model.training:
@@ -211,10 +266,55 @@ def detach(model: Any) -> Any:
     return model
 
 
-def _compiles(model: Any, kwargs: dict) -> bool:
-    """Whether this forward's attention is the one the pass rewrites."""
-    wanted = kwargs.get("output_attentions") or model.config.output_attentions
-    return model.config._attn_implementation == "sdpa" and not wanted
+def check_model_class(model: Any) -> None:
+    """Refuse a model whose generate() does not take a cache, or takes only one of its own.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
+    cls = type(model)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{cls.__name__} is an encoder-decoder model; only decoder-only models are "
+            "supported. Nothing was changed."
+        )
+    static_layers(model.config, LENGTH_STEP)
+    if "past_key_values" not in inspect.signature(cls.forward).parameters:
+        raise UnsupportedError(
+            f"{cls.__name__}.forward() takes no past_key_values, so there is no KV cache to "
+            "compress. If it has a language model inside, compile that one. Nothing was changed."
+        )
+    takes_caches = getattr(cls, "_supports_default_dynamic_cache", None)
+    if takes_caches is not None and not takes_caches():
+        raise UnsupportedError(
+            f"{cls.__name__} works with a cache class of its own and no other. Nothing was changed."
+        )
+
+
+def attention_of(model: Any) -> str:
+    """The attention implementation of a model's decoder."""
+    text = model.config.get_text_config(decoder=True)
+    return text._attn_implementation or model.config._attn_implementation or "eager"
+
+
+def own_error(error: BaseException) -> BaseException:
+    """Our error inside one of torch.compile's, or that one itself."""
+    inner = getattr(error, "inner_exception", None)
+    return inner if isinstance(inner, SkvError) else error
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise our own error where torch.compile wraps it in one of its."""
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        raise own_error(error) from None
+
+
+def _shortened(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return textwrap.shorten(lines[0] if lines else repr(error), 500, placeholder=" ...")
 
 
 def _same(cache: SphericalCache, total: int, rows: int, model: Any) -> bool:

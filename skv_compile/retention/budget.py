@@ -39,9 +39,9 @@ class Rule:
         least = self.groups * -(-LEAST_TOKENS // layout.page_tokens)
         return min(there, max(least, int(room / (layout.page_bytes + PAGE_HEADER))))
 
-    def pool_pages(self, budget: int | None, beside: int = 0) -> int:
+    def pool_pages(self, budget: int | None, beside: int = 0, taken: int = 0) -> int:
         """Pages of a pool: for the longest sequence at ``bits``, or in ``budget`` bytes, of which
-        every page takes ``beside`` more than its own.
+        ``taken`` are for other things and every page takes ``beside`` more than its own.
 
         Raises:
             ConfigError: less than one page for every head.
@@ -51,15 +51,16 @@ class Rule:
         most = groups * layout.max_pages
         if budget is not None:
             page += beside
-            pages = (budget - self.table_bytes) // page
+            pages = (budget - taken - self.table_bytes) // page
         else:
             pages = self.pages(groups * layout.max_coded, most)
         least = groups if layout.max_coded else 0
         if pages < least:
+            need = least * page + self.table_bytes
             raise ConfigError(
                 f"a budget of {budget} bytes is too small: one page for each of the {groups} "
-                f"(layer, row, kv head) takes {least * page + self.table_bytes} bytes, beside "
-                "frames, sinks and recent window. Raise the budget, or lower max_cache_len or "
-                "page_tokens."
+                f"(layer, row, kv head) takes {need} bytes, and frames, sinks and recent window "
+                f"take {taken}, {need + taken} in all. Raise the budget, or lower max_cache_len, "
+                "page_tokens, sinks or recent."
             )
         return int(min(pages, most))

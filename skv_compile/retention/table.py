@@ -43,8 +43,8 @@ def load_table(path: str | os.PathLike[str]) -> Table:
     """
     name = os.fspath(path)
     try:
-        content = Path(name).expanduser().read_text(encoding="utf-8")
-        found = json.loads(content, parse_int=float)
+        with open(os.path.expanduser(name), encoding="utf-8") as file:
+            found = json.loads(file.read(), parse_int=float)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"retention_table={name!r}: {reason}. {_AGAIN} {name}") from error

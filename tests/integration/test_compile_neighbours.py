@@ -86,10 +86,10 @@ def test_a_salt_changes_with_our_source(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(salt, "__file__", str(tmp_path / "salt.py"))
     salt.source_hash.cache_clear()
     try:
-        before = salt.source_hash()
+        before = salt.Salted(Config()).uuid()
         source.write_text("x = 2")
         salt.source_hash.cache_clear()
-        assert salt.source_hash() != before
+        assert salt.Salted(Config()).uuid() != before
     finally:
         salt.source_hash.cache_clear()
 
@@ -209,3 +209,18 @@ def test_flex_attention_is_refused_by_name(caplog) -> None:
     strict = torch.compile(step, backend="skv", options={"strict": True}, fullgraph=True)
     with pytest.raises(Exception, match="attn_implementation='sdpa'"):
         strict(*given, *caches[2:], torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"mode": []}, {"options": {"inductor": 3}}, {"options": {"inner": [1]}}],
+    ids=str,
+)
+def test_options_of_another_type_are_refused(given) -> None:
+    with pytest.raises(skv.ConfigError, match=r"expected|not known"):
+        SkvBackend(**given)
+
+
+def test_a_cache_of_a_model_names_what_to_pass() -> None:
+    with pytest.raises(skv.ConfigError, match=r"Pass model\.config"):
+        skv.SphericalCache(tiny("llama"), 64)

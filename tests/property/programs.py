@@ -35,6 +35,7 @@ DISTRACTORS = {
     "returned": "cache-escapes",
     "aliased": "aliased",
     "overlapping": "aliased",
+    "alias_read": "aliased",
     "written_twice": "written-twice",
     "written_late": "written-after-read",
     "other_positions": "positions-differ",

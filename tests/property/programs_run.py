@@ -11,6 +11,7 @@ from hypothesis import currently_in_test_context, note
 from programs import Program, expected
 from programs_source import as_file, inputs, to_module
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch.fx import GraphModule, Interpreter
@@ -73,7 +74,7 @@ class Watching(SkvBackend):
         mode = TracingContext.get().fake_mode
         assert mode is not None
         values = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
-        with mode:
+        with mode, enable_python_dispatcher():  # for symbolic sizes, as Dynamo does
             made = Interpreter(gm).run(*map(_alike, values))
         seen.layouts = self._wanted, [layout_of(x) for x in made]
         return super()._compile(gm, example_inputs, config)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 def rope(x, position):
     half = x.shape[-1] // 2
-    angle = position[:, None] * 10000.0 ** (-torch.arange(half) / half)
+    angle = position[:, None] * 10000.0 ** (-torch.arange(half, device=x.device) / half)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
@@ -116,7 +116,7 @@ def _attention(p: Program) -> list[str]:
 
 def _masked(p: Program) -> list[str]:
     if p.mask == "flag":
-        mask = "torch.ones(tokens, tokens, dtype=torch.bool).triu(1)"
+        mask = "torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)"
         return ["if tokens > 1:", f"    w = w.masked_fill({mask}, {_fill(p)})"]
     if p.mask in FLOAT_MASKS or p.distractor == "bool_added":
         return ["w += mask" if p.apply == "in_place" else "w = w + mask"]
@@ -144,6 +144,8 @@ def _layer(p: Program, name: str) -> list[str]:
         f'self.register_buffer("keys", {keys})',
         f'self.register_buffer("values", {values})',
     ]
+    if p.distractor == "alias_read":
+        init.append('self.register_buffer("alias", self.keys.detach())')
     if p.distractor == "weights_scaled":
         init.append(f'self.register_buffer("gate", torch.rand({p.heads}, 1, 1))')
     return [
@@ -185,7 +187,7 @@ def _forward(p: Program) -> list[str]:
     if p.read == "sliced" or p.mask == "flag":
         reads.append("keys, values = keys[:, :, : start + tokens], values[:, :, : start + tokens]")
     if p.distractor == "rope_after":
-        reads.append("keys = rope(keys, torch.arange(keys.shape[2]))")
+        reads.append("keys = rope(keys, torch.arange(keys.shape[2], device=x.device))")
     if p.group > 1 and p.distractor == "tiled":
         reads += [f"{x} = {x}.repeat(1, {p.group}, 1, 1)" for x in ("keys", "values")]
     elif p.group > 1 and p.gqa in _GROUPED:
@@ -202,8 +204,9 @@ def _forward(p: Program) -> list[str]:
         lines += [*writes, *changed, *body]
     if p.distractor == "written_twice":
         lines.insert(lines.index(writes[1]) + 1, "self.values[:, :, pos] = v * 2")
-    if p.distractor == "read_elsewhere":
-        lines.append("y = y + self.keys.mean()")
+    if p.distractor in ("read_elsewhere", "alias_read"):
+        seen = "keys" if p.distractor == "read_elsewhere" else "alias"
+        lines.append(f"y = y + self.{seen}.mean()")
     lines.append("y = self.out(y.transpose(1, 2).reshape(batch, tokens, -1))")
     extra = {"returned": "self.values[:, :, :1]", "weights_returned": "w"}.get(p.distractor)
     lines.append(f"return y, {extra}" if extra else "return y")
@@ -218,7 +221,7 @@ def _mask(p: Program) -> list[str]:
     """Lines that make the mask over all slots from the positions."""
     if p.mask == "flag":
         return ["mask = None"]
-    lines = [f"slot = torch.arange({p.slots})"]
+    lines = [f"slot = torch.arange({p.slots}, device=x.device)"]
     see = "self.causal[pos]" if p.mask == "table" else "slot <= pos[:, None]"
     if p.mask == "window":
         see = f"({see}) & (slot > pos[:, None] - {max(1, p.slots // 4)})"
@@ -231,9 +234,9 @@ def _mask(p: Program) -> list[str]:
         lines.append("mask = mask[None, None]")
     if p.mask in FLOAT_MASKS:
         fill = _FILLS[p.fill].format(dtype="x.dtype")
-        lines.append(f"mask = torch.zeros((), dtype=x.dtype).masked_fill(~mask, {fill})")
+        lines.append(f"mask = x.new_zeros(()).masked_fill(~mask, {fill})")
     if p.mask == "bias":
-        slopes = f"(torch.arange({p.heads}) / 8).view(1, -1, 1, 1)"
+        slopes = f"(torch.arange({p.heads}, device=x.device) / 8).view(1, -1, 1, 1)"
         lines.append(f"mask = mask + ({slopes} * (slot - pos[:, None])).to(x.dtype)")
     if p.read == "sliced":
         lines.append("mask = mask[..., : start + x.shape[1]]")

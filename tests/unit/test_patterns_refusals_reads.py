@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_patterns_capture import BATCH, DIM, KV_HEADS, SLOTS, Cached, capture, tokens
-from test_patterns_refusals import HEADS, MASK, attend, one_token, refused, sdpa, write
+from test_patterns_refusals import HEADS, attend, one_token, refused, sdpa, write
 
 from skv_compile.patterns import match
 
@@ -72,18 +72,6 @@ def test_tiled_heads(tile) -> None:
 def test_keys_and_values_repeated_in_different_ways() -> None:
     refusal = attend(lambda k, v: (tiled_by_expand(k), v.repeat_interleave(2, 1)), HEADS)
     assert refusal.code == "gqa"
-
-
-def test_heads_left_to_broadcasting() -> None:
-    def step(keys, values, q, k, v, position, mask):
-        write(keys, values, k, v, position)
-        return sdpa(q, keys, values, mask)
-
-    shape = (BATCH, 1, SLOTS, DIM)
-    arguments = (tokens(1, HEADS), tokens(1, 1), tokens(1, 1), torch.tensor([3]), MASK)
-    refusal = refused(step, *arguments, key_shape=shape, value_shape=shape)
-    assert refusal.code == "gqa"
-    assert "enable_gqa" in refusal.reason
 
 
 def test_symbolic_heads() -> None:

@@ -139,6 +139,17 @@ def test_enable_gqa(mask) -> None:
     assert (site.gqa, site.group_size, site.views) == ("enable_gqa", 2, ())
 
 
+def test_one_head_for_all_may_be_left_to_broadcasting() -> None:
+    def step(keys, values, q, k, v, position, mask):
+        keys[:, :, position], values[:, :, position] = k, v
+        return F.scaled_dot_product_attention(q, keys, values, mask)
+
+    given = (tokens(1, HEADS), tokens(1, 1), tokens(1, 1), torch.tensor([3]), MASKS["two axes"][:1])
+    shape = (2, 1, SLOTS, 8)
+    (site,) = match_step(step, *given, key_shape=shape, value_shape=shape).sites
+    assert (site.gqa, site.group_size) == ("broadcast", HEADS)
+
+
 @pytest.mark.parametrize(("given", "expected"), [(None, None), (0.25, 0.25), (1, 1.0)])
 def test_scale(given, expected) -> None:
     assert masked_site(assign, nothing, MASKS["bool"], scale=given).scale == expected

@@ -22,7 +22,7 @@ MEANING = {
     REWRITTEN: "every full-attention layer is rewritten, and the tokens are those of a dense cache",
     REFUSED: "left alone, or stopped with an error of ours, for the reason given",
     NOT_COMPILED: "the right tokens from the compressed cache, but each layer is made dense for "
-    "its attention, and no warning says so",
+    "its attention, and a warning says so",
     NO_CACHE: "there are no keys and values to compress",
     NOT_STATIC: "does not work with transformers' own `StaticCache` either",
     NOT_BUILT: "could not be built small from its config, or does not generate from text alone",

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from support import SMALL
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from transformers import StaticCache
 
 import skv_compile as skv
 from skv_compile.backend import SkvBackend
 from skv_compile.errors import SkvError
+from skv_compile.integrations.hf import attention_of
 from skv_compile.report import listening
 
 from .tiny import architectures, build
@@ -114,7 +114,7 @@ def _trial(row: Row, inner: str) -> Row:
         model = build(row.model)
     except Exception as error:
         return replace(row, reason=_words(error))
-    row = replace(row, attention=str(model.config._attn_implementation))
+    row = replace(row, attention=attention_of(model))
     parameters = inspect.signature(model.forward).parameters
     if "past_key_values" not in parameters and "cache_params" not in parameters:
         return replace(row, result=NO_CACHE, reason="forward() takes no past_key_values")
@@ -154,18 +154,16 @@ def _compressed(row: Row, model: Any, ids: Tensor, mask: Tensor, want: Said, inn
         rewritten=min(counts, default=0),
         layers=len(got.cache.states),
         dense=len(kept),
-        warned=warnings.seen,
+        warned=bool(warnings.last),
         error=got.error(want),
     )
     if not got.agrees(want):
         return _failed(row, "other tokens than with a dense cache", ids, mask)
     if row.rewritten == row.layers:
         return replace(row, result=REWRITTEN)
-    why = _explained(model, ids)
-    if not graphs:
-        why = f"attention {row.attention!r} is not compiled" + (why and f"; {why}")
-        return replace(row, result=NOT_COMPILED, reason=why)
-    return replace(row, result=REFUSED, reason=why)
+    if not warnings.last:
+        return replace(row, result=FAILED, reason="left dense, and no warning says so")
+    return replace(row, result=NOT_COMPILED, reason=_explained(model, ids) or warnings.last)
 
 
 def _use(model: Any, inner: str) -> None:
@@ -182,8 +180,6 @@ def _refused(row: Row, model: Any, error: SkvError) -> Row:
         names = sorted({type(layer).__name__ for layer in layers})
         if names == ["LinearAttentionLayer"]:
             return replace(row, result=NO_CACHE, reason="linear attention only")
-        if "no full-attention layer" in str(error):
-            return replace(row, result=REFUSED, reason=f"{_words(error)} ({', '.join(names)})")
     return replace(row, result=REFUSED, reason=_words(error))
 
 
@@ -210,8 +206,6 @@ def _explained(model: Any, ids: Tensor) -> str:
     """Why not every attention is rewritten, in the words of ``skv.explain``."""
     try:
         report = skv.explain(model, ids[:, :1])
-    except BackendCompilerFailed as error:
-        return _words(getattr(error, "inner_exception", error))
     except Exception as error:
         return _words(error)
     reasons = [s.reason for s in report.sites if not s.rewritten and s.code != "sliding"]
@@ -256,14 +250,14 @@ def _past(model: Any, ids: Tensor, mask: Tensor, want: Said) -> float:
 
 
 class _Warnings(logging.Handler):
-    """Notices warnings of ours while its block runs."""
+    """Keeps the last warning of ours while its block runs."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.seen = False
+        self.last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.seen = True
+        self.last = record.getMessage()
 
     def __enter__(self) -> None:
         logging.getLogger("skv_compile").addHandler(self)
