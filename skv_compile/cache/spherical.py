@@ -179,8 +179,10 @@ class SphericalCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Let every row be ``repeats`` rows that follow one another."""
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise ConfigError(f"repeats={shown(repeats)}: expected a whole number of at least 1.")
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or not 0 < repeats <= 1 << 20:
+            raise ConfigError(
+                f"repeats={shown(repeats)}: expected a whole number from 1 to {1 << 20}."
+            )
         if self.states:
             rows = torch.arange(self.states[0].batch, device=self.states[0].device)
             self.batch_select_indices(rows.repeat_interleave(repeats))

@@ -39,7 +39,7 @@ def test_a_distractor_keeps_an_attention_dense(distractor: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=EXAMPLES or 100)
+@settings(max_examples=EXAMPLES or 60)
 @given(programs(distractors=EVERY))
 def test_a_distractor_anywhere_keeps_an_attention_dense(program: Program) -> None:
     assert is_possible(program)
