@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant("a mask of what is hidden, taken for what is seen", "skv_compile/rewrite.py", 'if mask.form == "hide":', 'if mask.form == "hidden":', f"{PROGRAMS} -k every_attention"),
     Mutant("queries whose axes stay in another order", "skv_compile/rewrite.py", "(query, site.query_order)", "(query, (0, 1, 2, 3))", f"{PROGRAMS} -k every_attention"),
     Mutant("hidden scores that keep a weight", "patterns/attention_manual.py", "value * self.scale <= limit", "value * self.scale <= 0", f"{BLOCKED} -k keeps_an_attention"),
-    Mutant("a cache that shares its memory", "skv_compile/backend.py", "used[_memory(x)] > 1", "used[_memory(x)] > 9", f"{BLOCKED} -k keeps_an_attention"),
+    Mutant("a cache that shares its memory", "skv_compile/leave.py", "used[_memory(x)] > 1", "used[_memory(x)] > 9", f"{BLOCKED} -k keeps_an_attention"),
     Mutant("a cache that somebody else reads", "patterns/written.py", "if user in allowed or", "if True or", f"{BLOCKED} -k keeps_an_attention"),
 )  # fmt: skip
 

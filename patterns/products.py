@@ -30,18 +30,14 @@ def scores(node: Node) -> Product | None:
     spelled = _einsum(node)
     if spelled is None:
         return None
-    letters, operands, out = spelled
-    one, other = letters
-    batch, head, token, slot = tuple(out)
-    if token in other:
-        one, other, operands = other, one, operands[::-1]
-    (dim,) = set(one) - set(out) or {""}
-    if set(one) != {batch, head, token, dim} or set(other) != {batch, head, slot, dim}:
+    (one, other), (left, right), out = spelled
+    if out[2] in other:
+        one, other, left, right = other, one, right, left
+    roles = _roles(out, one, other)
+    if roles is None:
         return None
-    meaning = {batch: BATCH, head: HEAD, slot: SLOT, dim: DIM}
-    order = tuple(one.index(letter) for letter in (batch, head, token, dim))
-    left, right = operands
-    return Product(left, right, tuple(meaning[letter] for letter in other), order)
+    row, axes = roles
+    return Product(left, right, axes, tuple(one.index(letter) for letter in row))
 
 
 def weighted(node: Node) -> Product | None:
@@ -52,16 +48,26 @@ def weighted(node: Node) -> Product | None:
     spelled = _einsum(node)
     if spelled is None:
         return None
-    letters, operands, out = spelled
-    one, other = letters
-    batch, head, token, slot = tuple(one)
-    (dim,) = set(out) - set(one) or {""}
-    if set(out) != {batch, head, token, dim} or set(other) != {batch, head, slot, dim}:
+    (one, other), (left, right), out = spelled
+    roles = _roles(one, out, other)
+    if roles is None:
         return None
-    meaning = {batch: BATCH, head: HEAD, slot: SLOT, dim: DIM}
-    order = tuple((batch, head, token, dim).index(letter) for letter in out)
-    left, right = operands
-    return Product(left, right, tuple(meaning[letter] for letter in other), order)
+    row, axes = roles
+    return Product(left, right, axes, tuple(row.index(letter) for letter in out))
+
+
+def _roles(weights: str, rows: str, cached: str) -> tuple[str, tuple[str, ...]] | None:
+    """The letters of batch, head, token and dimension, and what those of `cached` mean.
+
+    `weights` are those of [B, H, T, S]; `rows`, of queries or results, must have the first three
+    and a dimension, `cached` must have the slots for the tokens. None for any other product.
+    """
+    batch, head, token, slot = tuple(weights)
+    row = batch + head + token + "".join(set(rows) - set(weights))
+    meaning = {batch: BATCH, head: HEAD, slot: SLOT, row[3:]: DIM}
+    if set(rows) != set(row) or set(cached) != set(meaning):
+        return None
+    return row, tuple(meaning[letter] for letter in cached)
 
 
 def _matrices(node: Node) -> tuple[Node, Node] | None:

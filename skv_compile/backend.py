@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from .cache import phantom
 from .cache.home import make_keeper
@@ -24,8 +22,9 @@ from .cache.journal import Journal
 from .cache.state import LayerState
 from .config import Config, make_config, nearest
 from .errors import CacheStateError, ConfigError, UnsupportedError, shown
+from .leave import leave_out, refuse_phantoms
 from .lowering import ops
-from .patterns import Match, Refusal, Site, match
+from .patterns import Match, Site, match
 from .report import GraphReport, record
 from .retention.keeper import Keeper
 from .rewrite import rewrite
@@ -102,17 +101,16 @@ class SkvBackend:
         found = match(gm.graph)
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         inputs = dict(zip(nodes, example_inputs, strict=True))
-        found = _leave_aliased(_leave_foreign(found, inputs), inputs)
-        found = _without_first_forward(found, inputs)
+        found = leave_out(found, inputs)
         states = _states_for(found.sites, inputs, self.config)
         record(GraphReport.of(found, states))
         self._speak_of(found)
         if not found.sites:
-            _refuse_phantoms(found, example_inputs)
+            refuse_phantoms(found, example_inputs)
             return self._compile(gm, list(example_inputs), self.config)
         refuse_gradients(example_inputs)
         done = rewrite(gm, found, states, example_inputs)
-        _refuse_phantoms(found, [example_inputs[n] for n in done.kept])
+        refuse_phantoms(found, [example_inputs[n] for n in done.kept])
         inner = self._compile(done.module, done.example_inputs, states[0].config)
         columns = [nodes.index(site.key.cache) for site in found.sites]
         values = [nodes.index(site.value.cache) for site in found.sites]
@@ -163,97 +161,12 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 
 
 def _mode_options(mode: Any) -> dict[str, Any]:
-    if mode is None or (isinstance(mode, str) and mode == "default"):
+    if mode is None:
         return {}
     known = torch._inductor.list_mode_options()
     if not isinstance(mode, str) or mode not in known:
         raise ConfigError(f"mode={shown(mode)} is not known.{nearest(str(mode), list(known))}")
     return dict(known[mode])
-
-
-def _leave_foreign(found: Match, inputs: dict[Any, Any]) -> Match:
-    """Refuse sites whose dense memory somebody else still writes to."""
-    sites, refusals = [], list(found.refusals)
-    for site in found.sites:
-        if phantom.state_of(inputs[site.key.cache]) is None and _in_hf_cache(site.key.cache):
-            refusals.append(
-                Refusal(
-                    site.index,
-                    site.attention,
-                    "foreign-cache",
-                    "Its cache is a dense layer of a transformers cache, whose reset() and eager "
-                    "prefill write to that memory. Pass a skv.SphericalCache instead of a "
-                    "StaticCache; a sliding layer beside compressed ones stays as it is.",
-                    site.where,
-                )
-            )
-        else:
-            sites.append(site)
-    return Match(tuple(sites), tuple(refusals), found.plain)
-
-
-def _leave_aliased(found: Match, inputs: dict[Any, Any]) -> Match:
-    """Refuse sites whose dense memory is part of a tensor that somebody else may see."""
-    tensors = [x for x in inputs.values() if isinstance(x, Tensor) and phantom.state_of(x) is None]
-    used = Counter(_memory(x) for x in tensors)
-    sites, refusals = [], list(found.refusals)
-    for site in found.sites:
-        caches = [inputs[write.cache] for write in (site.key, site.value)]
-        if any(
-            phantom.state_of(x) is None
-            and (used[_memory(x)] > 1 or x.untyped_storage().nbytes() > x.nbytes)
-            for x in caches
-        ):
-            refusals.append(
-                Refusal(
-                    site.index,
-                    site.attention,
-                    "aliased",
-                    "Its cache shares memory with another tensor, which would not see what is "
-                    "written to a compressed one. Give keys and values a tensor each: "
-                    "torch.zeros(B, H, S, D), no part of a larger one.",
-                    site.where,
-                )
-            )
-        else:
-            sites.append(site)
-    return Match(tuple(sites), tuple(refusals), found.plain)
-
-
-def _memory(x: Tensor) -> object:
-    """What tells one piece of memory from another; fakes have none."""
-    return id(x) if isinstance(x, FakeTensor) else (x.device, x.untyped_storage().data_ptr())
-
-
-def _without_first_forward(found: Match, inputs: dict[Any, Any]) -> Match:
-    """Leave out attentions of a first forward, whose layer was allocated outside the graph."""
-    if not any(getattr(x, "_skv_first_forward", False) for x in inputs.values()):
-        return found
-    kept = tuple(r for r in found.refusals if r.code != "cache-not-written")
-    return Match(found.sites, kept, found.plain)
-
-
-def _refuse_phantoms(found: Match, inputs: Sequence[Any]) -> None:
-    """A compressed cache that reaches a graph unrewritten would be read as NaN, or written over."""
-    if not any(phantom.state_of(x) is not None for x in inputs):
-        return
-    reasons = "; ".join(f"{r.where or 'attention'}: {r.reason}" for r in found.refusals)
-    raise UnsupportedError(
-        "A compressed cache is used in a way that could not be rewritten: "
-        f"{reasons or 'it is read or written outside an attention'}. "
-        "Write it once per forward, just before its attention, or keep it dense."
-    )
-
-
-def _in_hf_cache(placeholder: Node) -> bool:
-    """Whether Dynamo found the tensor at ``<cache>.layers[n].keys``."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    return re.search(r"\.layers\[\d+\]\.(keys|values)$", _name(source)) is not None
-
-
-def _name(source: Any) -> str:
-    name = getattr(source, "name", "")  # a method in some versions of torch, a property in others
-    return name() if callable(name) else str(name)
 
 
 def _states_for(sites: Sequence[Site], inputs: dict[Any, Any], config: Config) -> list[LayerState]:
@@ -348,9 +261,7 @@ def _runtime(
                 own.adopted = True
                 _import(args[key], args[value], own)
                 for dense in (args[key], args[value]):
-                    phantom.vacate(dense, own)
-                    if n in sliced:
-                        dense.data = _traceable(dense)
+                    phantom.vacate(dense, own, sliced=n in sliced)
 
     def run(*args: Any) -> Any:
         feed = [args[n] for n in kept]
@@ -383,13 +294,6 @@ def _runtime(
         return out
 
     return run
-
-
-def _traceable(phantom: Tensor) -> Tensor:
-    """A phantom's NaN with strides that Dynamo takes for a tensor whose slices can be written."""
-    shape = phantom.shape
-    nan = phantom.new_full((sum(shape) - len(shape) + 1,), torch.nan)
-    return nan.as_strided(shape, [1] * len(shape))
 
 
 def _import(key: Tensor, value: Tensor, state: LayerState) -> None:

@@ -47,11 +47,16 @@ def leave(tensor: Tensor, data: Tensor) -> None:
     delattr(tensor, _ATTRIBUTE)
 
 
-def vacate(dense: Tensor, state: LayerState) -> None:
+def vacate(dense: Tensor, state: LayerState, sliced: bool) -> None:
     """Turn a dense cache buffer into a phantom in place; its memory is freed.
 
-    Every reference to the tensor object sees the phantom.
+    Every reference to the tensor object sees the phantom. ``sliced``: the model writes slices of
+    it. Dynamo traces those writes only into a tensor whose strides are not zero.
     """
-    nan = torch.full((1,), torch.nan, dtype=dense.dtype, device=dense.device)
-    dense.data = nan.expand(dense.shape)
+    shape = dense.shape
+    if sliced:
+        nan = dense.new_full((sum(shape) - len(shape) + 1,), torch.nan)
+        dense.data = nan.as_strided(shape, [1] * len(shape))
+    else:
+        dense.data = dense.new_full((1,), torch.nan).expand(shape)
     attach(dense, state)

@@ -281,3 +281,14 @@ def assert_erasable(site: Site) -> None:
         graph.erase_node(node)
     assert not site.key.cache.users
     assert not site.value.cache.users
+
+
+def test_an_einsum_of_another_kind_is_no_attention() -> None:
+    """Its operands have two letters that the result has not, or the result has two new ones."""
+
+    def step(keys, values, q, k, v, position, mask):
+        one = torch.einsum("abcd,efgh->abgh", q, k)
+        return torch.einsum("bhij,bhkl->bikl", one, v)
+
+    found = match_step(step, *(tokens(), tokens(), tokens()), torch.tensor([3]), MASKS["bool"])
+    assert (found.sites, found.refusals, found.plain) == ((), (), ())
