@@ -32,6 +32,7 @@ KERNELS = "tests/property/test_kernels.py"
 FRAME = "tests/unit/test_frame.py"
 PROGRAMS = "tests/property/test_programs.py"
 BLOCKED = "tests/property/test_programs_blocked.py"
+NATIVE = "tests/property/test_cpu_kernels.py"
 
 
 class Mutant(NamedTuple):
@@ -51,6 +52,11 @@ def _attend(name: str, old: str, new: str) -> Mutant:
 
 def _append(name: str, old: str, new: str) -> Mutant:
     return Mutant(name, "lowering/reference/append.py", old, new, REFERENCE)
+
+
+def _native(name: str, file: str, old: str, new: str) -> Mutant:
+    tests = f"{NATIVE} -k 'equal or codes or length'"
+    return Mutant(name, f"lowering/cpu/src/{file}", old, new, tests)
 
 
 MUTANTS = (
@@ -91,6 +97,12 @@ MUTANTS = (
     Mutant("a kernel that turns queries the other way", "lowering/templates/prepare.py.jinja", "tl.where(partner > 0, scale", "tl.where(partner < 0, scale", f"{KERNELS} -k 'equal and (frame or tiers)'"),
     Mutant("a kernel whose tokens are one late", "lowering/templates/pages.py.jinja", "i = base + tl.cumsum(", "i = base + 1 + tl.cumsum(", f"{KERNELS} -k 'equal and tiers'"),
     Mutant("a kernel that adds values by their square", "lowering/templates/pages.py.jinja", "value_log = (value_code.to(tl.float32) - {{ radius_zero }}) * {{ 1 / radius_steps }}", "value_log = (value_code.to(tl.float32) - {{ radius_zero }}) * {{ 2 / radius_steps }}", f"{KERNELS} -k 'equal and frame'"),
+    _native("fillers of pages taken for tokens", "attend.cpp", "live = gap[slot] != GAP_FILLER && i < past.coded;", "live = i < past.coded;"),
+    _native("radius of the neighbour, natively", "attend.cpp", "of_values[n] = RADII.of[vr[n]];", "of_values[n] = RADII.of[vr[n ^ 1]];"),
+    _native("a mask one slot late, natively", "attend.cpp", "show(batch + n, token[n] + past.pad);", "show(batch + n, token[n] + 1 + past.pad);"),
+    _native("tokens of pages read in the window too", "attend.cpp", "i = std::max(past.coded, last - a.ring)", "i = std::max<int64_t>(0, last - a.ring)"),
+    _native("codes of the best gain but one", "quantise.cpp", "fit > best) best", "fit < best) best"),
+    _native("a token written one slot late, natively", "store.cpp", "a.sinks + i % a.ring", "a.sinks + (i + 1) % a.ring"),
     Mutant("a mask of what is hidden, taken for what is seen", "skv_compile/rewrite.py", 'if mask.form == "hide":', 'if mask.form == "hidden":', f"{PROGRAMS} -k every_attention"),
     Mutant("queries whose axes stay in another order", "skv_compile/rewrite.py", "(query, site.query_order)", "(query, (0, 1, 2, 3))", f"{PROGRAMS} -k every_attention"),
     Mutant("hidden scores that keep a weight", "patterns/attention_manual.py", "value * self.scale <= limit", "value * self.scale <= 0", f"{BLOCKED} -k keeps_an_attention"),

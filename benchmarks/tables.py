@@ -142,6 +142,32 @@ def prompts() -> str:
     return _speed("prefill", "prompt, ms", "bench_prefill")
 
 
+def cpu() -> str:
+    """One attention, a step and a prompt on a CPU."""
+    result = _result("bench_cpu")
+    attended = result["attend"]
+    shapes = list(dict.fromkeys((x["head_dim"], x["tokens"]) for x in attended))
+    columns = [f"attention, D={d}, {n // 1024}k" for d, n in shapes]
+    others = {
+        f"{part}, {result[part][0]['tokens'] // 1024}k": {x["name"]: x for x in result[part]}
+        for part in ("step", "prefill")
+    }
+    head = ["CPU, ms", *columns, *others]
+    rows = [f"| {' | '.join(head)} |", "|---|" + "---|" * (len(head) - 1)]
+    names = dict.fromkeys(x["name"] for part in ("attend", "step") for x in result[part])
+    for name in names:
+        found = [
+            next(
+                (x for x in attended if (x["name"], x["head_dim"], x["tokens"]) == (name, *s)), None
+            )
+            for s in shapes
+        ]
+        found += [lines.get(name) for lines in others.values()]
+        cells = [f"{x['ms']:.3g} ({x['faster']:.2f}x)" if x else "-" for x in found]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def demo() -> str:
     """The demo's two sides."""
     result = _result("demo")
@@ -168,6 +194,7 @@ def filled(text: str) -> str:
         "attend": attend,
         "step": step,
         "prompts": prompts,
+        "cpu": cpu,
     }
     for name, make in tables.items():
         table = make()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import kernels, reference
+from .cpu import kernels as cpu
 from .errors import SkvError
 from .layout import Layout
 from .state import State
@@ -138,6 +139,18 @@ def _attend_cuda(q, k, v, mask, position, *rest) -> Tensor:
     return reference.attend(q, k, v, mask, position, state, causal, scale, layout)
 
 
+def _attend_cpu(q, k, v, mask, position, *rest) -> Tensor:
+    *tensors, causal, scale, layout_key = rest
+    state, layout = State(*tensors), Layout.parse(layout_key)
+    # Of several tokens, as on a GPU.
+    if q.shape[2] == 1 or not (causal or int(position[0]) == 0):
+        reason = cpu.refusal(layout, q, mask, k.shape[1])
+        if reason is None:
+            return cpu.attend(q, k, v, mask, position, state, scale, layout)
+        cpu.say(reason)
+    return reference.attend(q, k, v, mask, position, state, causal, scale, layout)
+
+
 def _retain(q, position, queries, meta, layout) -> None:
     reference.retain(q, position, queries, meta, Layout.parse(layout))
 
@@ -153,6 +166,12 @@ def _append(k, v, mask, position, exact_keys, exact_values, queries, meta, layou
     reference.append(k, v, mask, position, exact_keys, exact_values, meta, Layout.parse(layout))
 
 
+def _append_cpu(k, v, mask, position, exact_keys, exact_values, queries, meta, layout) -> None:
+    rest = (exact_keys, exact_values, meta, Layout.parse(layout))
+    if not cpu.append(k, v, mask, position, *rest):
+        reference.append(k, v, mask, position, *rest)
+
+
 def _append_cuda(k, v, mask, position, exact_keys, exact_values, queries, meta, layout) -> None:
     rest = (exact_keys, exact_values, meta, Layout.parse(layout))
     if kernels.one_token(k):
@@ -162,6 +181,12 @@ def _append_cuda(k, v, mask, position, exact_keys, exact_values, queries, meta, 
             store.append(k, v, mask, position, *rest)
     else:
         reference.append(k, v, mask, position, *rest)
+
+
+def _retain_cpu(q, position, queries, meta, layout) -> None:
+    rest = (position, queries, meta, Layout.parse(layout))
+    if not cpu.retain(q, *rest):
+        reference.retain(q, *rest)
 
 
 def _retain_cuda(q, position, queries, meta, layout) -> None:
@@ -203,6 +228,9 @@ for _name, _function in _IMPLEMENTATIONS.items():
     _lib.impl(_name, _function, "CompositeExplicitAutograd")
     if _name not in ("slots", "attend"):
         torch.library.register_fake(f"skv::{_name}", _nothing, lib=_lib)
+_lib.impl("attend", _attend_cpu, "CPU")
+_lib.impl("append", _append_cpu, "CPU")
+_lib.impl("retain", _retain_cpu, "CPU")
 _lib.impl("attend", _attend_cuda, "CUDA")
 _lib.impl("append", _append_cuda, "CUDA")
 _lib.impl("retain", _retain_cuda, "CUDA")

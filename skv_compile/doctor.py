@@ -39,7 +39,8 @@ class Row:
 
 def collect() -> list[Row]:
     """Every finding, requirements first, then what will work here."""
-    parts = [_python(), *_required(), _triton(), _device(), _compiler(), _headers(), _backend()]
+    parts = [_python(), *_required(), _triton(), _device(), _compiler(), _headers(), _native()]
+    parts.append(_backend())
     parts += [_optional("gguf", "demo", "the demo model and GGUF files")]
     parts += [_optional("accelerate", "demo", "the demo model and GGUF files")]
     parts += [_optional("matplotlib", "bench", "plots")]
@@ -148,6 +149,24 @@ def _headers() -> Row:
         "Python.h not found; compiled CPU code needs it",
         "Debian: apt install python3-dev",
     )
+
+
+def _native() -> Row:
+    """The CPU kernels: builds them where that was not done yet."""
+    name = "CPU kernels"
+    if not _version("torch"):
+        return Row(name, "missing", "unknown without torch", "pip install torch")
+    from .errors import SkvError
+    from .lowering.cpu import library
+
+    try:
+        variant = library.variant()
+        if variant is None:
+            return Row(name, "warn", f"{library.SWITCH}=reference turns them off")
+        library.build(variant)
+    except SkvError as error:
+        return Row(name, "warn", f"{error}; attention runs on PyTorch, which is slower")
+    return Row(name, "ok", f"{variant} (this CPU can run {', '.join(library.possible())})")
 
 
 def _backend() -> Row:

@@ -26,6 +26,10 @@ from skv_compile.config import Config
 
 transformers.logging.set_verbosity_error()
 
+#: How far coded attention of the CPU kernels may take float32 logits of order 1, through the layers
+#: of a tiny model: they round queries and weights to 16 bits.
+NATIVE = 2e-3
+
 MODELS = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "neox", "phi")
 VOCAB = 128
 

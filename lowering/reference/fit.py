@@ -19,6 +19,8 @@ from ..codes import (
     encode,
     stored,
 )
+from ..cpu import kernels as cpu
+from ..errors import NonFiniteError
 from ..grid import STEP, grid_frame
 from ..layout import Layout
 from ..prompt import on_kernels
@@ -84,6 +86,9 @@ def whiten(keys: Side, values: Side) -> White:
     """The transforms of keys and values, one after the other: [2 H, ...].
 
     With the keys' metric Q = L L' and L' C L = U W U', ``into`` is L U W^(-1/2).
+
+    Raises:
+        NonFiniteError: on the CPU, where there are no eigenvectors.
     """
     assert keys.metric is not None
     heads, dim = len(keys.spread), keys.spread.shape[-1]
@@ -92,7 +97,14 @@ def whiten(keys: Side, values: Side) -> White:
     eye = torch.eye(dim, dtype=torch.float64, device=metric.device)
     root = torch.linalg.cholesky_ex((1 - REGULARISE) * metric + REGULARISE * trace * eye)[0]
     solve = _eigh_on_kernels if on_kernels(keys.spread) else torch.linalg.eigh
-    cost, u = solve(torch.cat([root.mT @ keys.spread.double() @ root, values.spread.double()]))
+    try:
+        cost, u = solve(torch.cat([root.mT @ keys.spread.double() @ root, values.spread.double()]))
+    except torch.linalg.LinAlgError as error:
+        raise NonFiniteError(
+            f"no frames can be fitted to this prompt ({error}): its queries, keys or values are "
+            "NaN, Inf or too large. Nothing was stored. Try bfloat16 or float32, or check the "
+            "weights."
+        ) from error
     cost = torch.maximum(cost, cost.amax(-1, keepdim=True) * 1e-7).clamp(min=1e-30)
     u = torch.cat([root @ u[:heads], u[heads:]])
     into = (u / cost.sqrt()[:, None]).to(STORED)
@@ -230,7 +242,7 @@ def _loss(side: Side, some: slice, frame: Frame, unbiased: bool, layout: Layout)
     """Of some tokens coded in a frame, weighted sums [H, 3]: of the squared error, of the squared
     radii that were fitted, and of those of the vectors."""
     x, weight = side.tokens[:, some], side.weight[:, some]
-    coded = _coded_on_kernels if on_kernels(x) else _coded
+    coded = _coded_on_kernels if on_kernels(x) or cpu.encodes(x) else _coded
     decoded, radius, own = coded(x, frame, unbiased, layout)
     delta = decoded - x
     moved = delta if side.metric is None else delta @ side.metric
@@ -252,11 +264,15 @@ def _coded_on_kernels(
     x: Tensor, frame: Frame, unbiased: bool, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, of radii as they are stored."""
-    from .. import encode as kernels
+    if x.is_cuda:
+        from .. import encode
 
-    with torch.cuda.device(x.device):  # Triton launches on the current one
-        packed, code = kernels.encode_side(x[None], None, frame, x, layout, unbiased)
-        own = kernels.lengths(x[None], None, frame, x, layout)[0].square()
+        with torch.cuda.device(x.device):  # Triton launches on the current one
+            packed, code = encode.encode_side(x[None], None, frame, x, layout, unbiased)
+            own = encode.lengths(x[None], None, frame, x, layout)[0].square()
+    else:
+        packed, code = cpu.encode_side(x[None], frame, unbiased)
+        own = ((x - frame.centre) @ frame.into.float()).square().mean(-1)
     radius, out = decode_radius(code)[0], frame.out
     decoded = torch.baddbmm(out[:, -1:], centred_digits(packed)[0] * radius, out[:, :-1])
     return decoded, radius[..., 0], own

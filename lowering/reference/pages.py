@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import codes
 from ..codes import Frame
+from ..cpu import kernels as cpu
 from ..layout import EXACT_DTYPES, GAP_FILLER, Layout
 from ..prompt import on_kernels
 from ..rings import encode_rings, ring_values
@@ -28,6 +29,10 @@ def encode_records(
     k = turn_keys(k, i, state, layout, -1)
     records = {}
     for side, x, frame in (("key", k, key_frame), ("value", v, value_frame)):
+        if layout.kind == "digits" and cpu.encodes(x):
+            found = cpu.encode_side(x, frame, side == "key")
+            records[f"{side}_digits"], records[f"{side}_radius"] = found
+            continue
         packed, radius = encode_side(x, frame, layout, tier, unbiased=side == "key")
         records[f"{side}_digits"] = packed
         records[f"{side}_radius"] = codes.encode_radius(radius).unsqueeze(-1)

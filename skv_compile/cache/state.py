@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..codec.tiers import frames_of
 from ..config import Config
-from ..errors import CacheStateError, ConfigError, NonFiniteError, UnsupportedError
+from ..errors import CacheStateError, ConfigError, UnsupportedError
 from ..lowering import ops, reference
 from ..lowering.layout import Layout
 from ..lowering.reference.intake import intake
@@ -115,7 +115,9 @@ class LayerState:
     @property
     def signature(self) -> str:
         """Everything a compiled graph has baked in about this state."""
-        return f"{self.layout.key}|{self.batch}x{self.heads}|{self.dtype}|{self.device}"
+        pages = self.tensors.pool.shape[0]  # a budget changes nothing else
+        heads = f"{self.batch}x{self.heads}x{self.group}"
+        return f"{self.layout.key}|{heads}|{self.dtype}|{self.device}|{pages} pages"
 
     @property
     def own_bytes(self) -> int:
@@ -170,14 +172,7 @@ class LayerState:
     ) -> Callable[[], None]:
         """:meth:`calibrate`, but frames are only written when the result is called."""
         form = (self.tensors.turn, self.layout)
-        try:
-            finish = reference.begin_calibration(q, k, v, mask, position, *form)
-        except torch.linalg.LinAlgError as error:
-            raise NonFiniteError(
-                f"no frames can be fitted to this prompt ({error}): its queries, keys or values "
-                "are NaN, Inf or too large. Nothing was stored. Try bfloat16 or float32, or check "
-                "the weights."
-            ) from error
+        finish = reference.begin_calibration(q, k, v, mask, position, *form)
         return partial(finish, self.tensors[FIRST_FRAME:])
 
     def arrival(

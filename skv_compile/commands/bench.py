@@ -10,28 +10,82 @@ from typing import Any
 from skv_compile.commands import common
 from skv_compile.commands.screen import Screen
 
-HELP = "time attention, decoding steps and prompts against dense caches (needs a CUDA device)"
+HELP = "time attention, decoding steps and prompts against dense caches"
 PARTS = ("attend", "step", "prefill")
+PLACES = {"step": "CONTEXT", "prefill": "PROMPT"}  # of the CPU's, how many tokens there are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured."""
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--most", type=common.positive, metavar="N", help="longest context")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: cuda where there is one, else cpu"
+    )
 
 
 def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     """Measure everything, print tables, and return all lines."""
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return _cpu(args, screen)
+    if not torch.cuda.is_available():
+        raise common.UsageError(
+            "--device cuda: torch.cuda.is_available() is False here. Leave it out, or use "
+            "--device cpu."
+        )
+    return _cuda(args, screen)
+
+
+def _save(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    if args.json:  # a run that is stopped leaves what it has
+        common.write_json(args.json, shlex.join(["skv", *sys.argv[1:]]), found)
+
+
+def _cpu(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
+    import torch
+    from rich import box
+    from rich.table import Table
+
+    from skv_compile.bench import cpu
+    from skv_compile.lowering.cpu import library
+
+    variant = library.variant() if library.load() else None
+    found: dict[str, Any] = {
+        "device": common.device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "kernels": variant or "reference",
+        "load_before": common.load_average(),
+    }
+    screen.note(f"CPU, {found['threads']} threads, kernels: {found['kernels']}")
+    for part in args.parts:
+        found[part] = []
+        if part == "attend":
+            for shape in cpu.ATTEND:
+                if not args.most or shape[-1] <= args.most:
+                    with screen.step(f"attend: {shape[-1]} tokens, head dim {shape[2]}"):
+                        found[part] += cpu.attend(shape)
+        elif not args.most or getattr(cpu, PLACES[part]) <= args.most:
+            with screen.step(f"{part} (step: compiles first)"):
+                found[part] = getattr(cpu, part)(cpu.model())
+        _save(args, found)
+        view = Table("", "tokens", "ms", "mean", "times best dense", box=box.SIMPLE_HEAD)
+        for one in found[part]:
+            numbers = (f"{one[key]:.4g}" for key in ("ms", "mean_ms"))
+            view.add_row(one["name"], str(one["tokens"]), *numbers, f"{one['faster']:.2f}")
+        screen.print(view)
+    return found
+
+
+def _cuda(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     import torch
     from rich import box
     from rich.table import Table
 
     from skv_compile.bench import attend, prefill, step, timing
 
-    if not torch.cuda.is_available():
-        raise common.UsageError(
-            "skv bench needs a CUDA device: torch.cuda.is_available() is False here."
-        )
     with screen.step("Memory bandwidth"):
         bandwidth = timing.bandwidth()
     measured: dict[str, Any] = {"attend": attend, "step": step, "prefill": prefill}
@@ -59,8 +113,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
                 dense = dense or one["ms"]
                 one["faster"] = dense / one["ms"]
                 lines.append(one)
-                if args.json:  # a run that is stopped leaves what it has
-                    common.write_json(args.json, shlex.join(["skv", *sys.argv[1:]]), found)
+                _save(args, found)
                 mean, floor = one.get("mean_ms"), one.get("of_floor")
                 view.add_row(
                     name,

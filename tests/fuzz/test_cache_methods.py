@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support import max_error, tiny
+from support import NATIVE, max_error, tiny
 from torch import Tensor
 
 import skv_compile as skv
@@ -164,7 +164,7 @@ class Machine(RuleBasedStateMachine):
             k, v = torch.cat([self.k[index], k], 2), torch.cat([self.v[index], v], 2)
             if self.exact:
                 want = self.expected(q, k, v, before)
-                assert n == 0 or max_error(out, want) < 1e-4 * max(1.0, float(v.abs().max()))
+                assert n == 0 or max_error(out, want) < NATIVE * max(1.0, float(v.abs().max()))
             made.append((k, v))
         self.k, self.v = (list(x) for x in zip(*made, strict=True))
 

@@ -31,6 +31,9 @@ BOUND = 2**-10
 
 LAYOUT = choose_layout(Config(bits=2.2, retention="none"), 64, 900, "float32", True)
 
+#: The cases that the interpreter does soon; the others are slow.
+SOON = ("grid", "frame", "4 bits", "left padding", "tiers, D=128", "5 queries", "nothing coded")
+
 # With a GPU there is no interpreter: tests/gpu/test_kernels_cuda.py runs the same cases there.
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="Triton is not interpreted in this process"
@@ -38,7 +41,13 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
-@pytest.mark.parametrize("name", kernel_cases.CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SOON else pytest.mark.slow)
+        for name in kernel_cases.CASES
+    ],
+)
 def test_kernels_equal_the_reference(name):
     got, want = kernel_cases.attend_both(CPU, raw=False, **kernel_cases.CASES[name])
     assert kernel_cases.error(got, want) < BOUND
@@ -317,6 +326,7 @@ def test_what_a_schedule_costs_is_what_it_takes_and_it_is_enough(more):
 
 @interpreted
 @pytest.mark.usefixtures("_scheduled")
+@pytest.mark.slow
 @pytest.mark.parametrize("retention", ["rdr", "none", "streaming"])
 def test_kept_work_follows_pages_as_they_move(retention):
     settings = {**kernel_cases.TRACKED, "page_tokens": 8, "retention": retention, "bits": 2.5}

@@ -6,6 +6,7 @@ import os
 from functools import partial
 from unittest import mock
 
+import kernel_cases
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,6 +48,19 @@ def test_a_value_that_is_not_finite_is_named_and_nothing_is_stored(codec, side, 
     assert "Nothing was stored" in str(error.value)
     assert "try bfloat16 or float32" in str(error.value)
     assert unchanged()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prompt_that_no_frame_fits_is_refused_in_a_graph_too(compiled: bool) -> None:
+    state, random = kernel_cases.filled(torch.device("cpu"), **kernel_cases.UNIFORM)
+    q, k, v = random(4, 300), random(2, 300), random(2, 300)
+    begin = state.calibrate if compiled else state.begin_calibration
+    fails = mock.Mock(side_effect=torch.linalg.LinAlgError("did not converge"))
+    with (
+        mock.patch.object(torch.linalg, "eigh", fails),
+        pytest.raises(NonFiniteError, match=r"no frames can be fitted .* \(did not converge\)"),
+    ):
+        begin(q, k, v, None, torch.arange(300))
 
 
 def test_a_value_that_is_not_finite_in_padding_is_no_error() -> None:
