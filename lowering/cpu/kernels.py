@@ -72,13 +72,13 @@ class _Turns:
         self._of: dict[int, tuple[weakref.ref, int, str, tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, plan: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        key = id(plan)
+        key, version = id(plan), plan._version  # type: ignore[union-attr]
         found = self._of.get(key)
-        if found and found[0]() is plan and found[1:3] == (plan._version, layout.key):
+        if found and found[0]() is plan and found[1:3] == (version, layout.key):
             return found[3]
         table = turn_back_table(-(-layout.max_coded // layout.block), plan, layout)
         gone = weakref.ref(plan, lambda _: self._of.pop(key, None))
-        self._of[key] = (gone, plan._version, layout.key, table)
+        self._of[key] = (gone, version, layout.key, table)
         return table
 
 

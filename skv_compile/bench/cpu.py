@@ -81,7 +81,8 @@ def _dense(heads: int, group: int, dim: int, tokens: int) -> dict[str, list[Run]
     one: PyTorch's CPU kernel then reads a key once for all of them."""
     runs: dict[str, list[Run]] = {}
     for dtype, word in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        grouped, folded = [], []
+        grouped: list[Run] = []
+        folded: list[Run] = []
         for _ in range(CACHES):
             q = torch.randn(1, heads * group, 1, dim, dtype=dtype)
             k, v = (torch.randn(1, heads, tokens, dim, dtype=dtype) for _ in range(2))
@@ -187,6 +188,10 @@ def _step(forward: Any, ids: torch.Tensor, position: torch.Tensor, cache: Any) -
     position.add_(1)
 
 
+def _coded_prompt(prompt: Callable[..., None], ours: Any, settings: dict[str, Any]) -> None:
+    prompt(ours, _spherical(ours, settings, PROMPT, False))
+
+
 def prefill(loaded: Any) -> list[dict[str, Any]]:
     """Lines of an uncompiled prompt of ``PROMPT`` random tokens. ``beside``: the share of the
     dense prompt's time that coding and retention take on top of it."""
@@ -200,7 +205,7 @@ def prefill(loaded: Any) -> list[dict[str, Any]]:
 
     runs: dict[str, list[Run]] = {DENSE: [lambda: prompt(loaded, _static(loaded, PROMPT, False))]}
     for name, settings in STEP.items():
-        runs[name] = [lambda kw=settings: prompt(ours, _spherical(ours, kw, PROMPT, False))]
+        runs[name] = [partial(_coded_prompt, prompt, ours, settings)]
     with torch.no_grad():
         found = measure(runs, ROUNDS["prefill"])
     made = lines(found, [DENSE], tokens=PROMPT)
