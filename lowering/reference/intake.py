@@ -52,6 +52,8 @@ def leading(valid: Tensor) -> Tensor:
 
 def finite_tokens(x: Tensor) -> Tensor:
     """[B, T] bool: which tokens of keys or values [B, H, T, D] are finite, read once."""
+    if not x.is_cuda:  # where the norm takes five times as long
+        return torch.isfinite(x.abs().amax(-1)).all(1)
     return torch.isfinite(torch.linalg.vector_norm(x, torch.inf, -1)).all(1)
 
 
