@@ -103,6 +103,10 @@ def passkey() -> str:
     return "\n".join(rows)
 
 
+def _ms(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+
+
 def _speed(part: str, head: str, file: str = "bench") -> str:
     """Milliseconds of one part of ``skv bench``, and how many times faster than its first line."""
     lines = _result(file)[part]
@@ -117,7 +121,7 @@ def _speed(part: str, head: str, file: str = "bench") -> str:
             text = "-"
             if found:
                 ms = found[0]["ms"]
-                text = f"{ms:.3g}" if ms < 1000 else f"{ms:.0f}"
+                text = _ms(ms)
                 if name != names[0]:
                     text += f" ({found[0]['faster']:.2f}x)"
                 if "mean_ms" in found[0] and name != names[0]:
@@ -163,7 +167,7 @@ def cpu() -> str:
             for s in shapes
         ]
         found += [lines.get(name) for lines in others.values()]
-        cells = [f"{x['ms']:.3g} ({x['faster']:.2f}x)" if x else "-" for x in found]
+        cells = [f"{_ms(x['ms'])} ({x['faster']:.2f}x)" if x else "-" for x in found]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -72,7 +72,7 @@ class _Turns:
         self._of: dict[int, tuple[weakref.ref, int, str, tuple[Tensor, Tensor]]] = {}
 
     def __call__(self, plan: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        key, version = id(plan), plan._version  # type: ignore[union-attr]
+        key, version = id(plan), plan._version
         found = self._of.get(key)
         if found and found[0]() is plan and found[1:3] == (version, layout.key):
             return found[3]

@@ -17,50 +17,14 @@
 #include <vector>
 
 #include "products.h"
+#include "queries.h"
 #include "runs.h"
 
 namespace skv {
 namespace {
 
-constexpr float MOST = 32767.0f;  // of 16 bits
 
-constexpr int BLOCKS = 4;  // whose queries are turned together
 constexpr int AHEAD = 2;  // runs of tokens that memory is asked for before they are worked on
-
-// What a head's frames say, as floats: ``matrix`` [D, D] and ``centre`` [D]. Of keys, through which
-// queries go backwards, it is transposed and in panels.
-struct Transform {
-  int64_t head = -1;
-  Buffer<float> matrix, centre, rows;
-
-  explicit Transform(int64_t dim) : matrix(dim * dim), centre(dim), rows(dim * dim) {}
-
-  void read(const Attend& a, const void* back, int64_t h, bool keys) {
-    if (head == h) return;
-    head = h;
-    const int64_t dim = a.dim;
-    const int64_t at = h * (dim + 1) * dim;
-    to_floats(back, at, dim * dim, a.frame_dtype, keys ? rows : matrix);
-    to_floats(back, at + dim * dim, dim, a.frame_dtype, centre);
-    if (keys) pack_transposed(rows, dim, matrix);
-  }
-};
-
-// The dimension of every digit of a head's tiers, and its step with the weight of its place.
-struct Plan {
-  std::vector<float> scale;
-  std::vector<int32_t> dims;
-
-  explicit Plan(int64_t digits) : scale(digits), dims(digits) {}
-
-  void read(const float* grid, const uint8_t* plan, int64_t tier, int64_t first, int64_t n,
-            int64_t dim) {
-    for (int64_t g = first; g < first + n; g++) {
-      dims[g] = plan[g];
-      scale[g] = grid[tier * 3 * dim + dims[g]] * (float)(1 << plan[scale.size() + g]);
-    }
-  }
-};
 
 // ------------------------------------------------------------ a thread
 
@@ -68,46 +32,33 @@ class Worker {
  public:
   explicit Worker(const Attend& a)
       : a(a), tiers((const Tier*)a.tiers), rows(a.group * a.tokens), dim(a.dim),
-        row_tiles(up(rows, TILE) / TILE), most_keys(0), most_values(0), keys(a.dim), q(rows * a.dim),
-        partners(rows * a.dim), turned(BLOCKS * rows * a.dim), throughs(BLOCKS * row_tiles * TILE * a.dim), columns(BLOCKS * rows * a.dim),
-        terms(BLOCKS * rows),
-        offset(row_tiles * TILE), step(row_tiles * TILE), unit(rows), top(rows), total(rows), shrink(rows), seen(a.tokens * BATCH),
-        key_radius(BATCH), value_radius(BATCH), logits(rows * BATCH),
-        exact_keys(BATCH * a.dim), exact_values(BATCH * a.dim),
-        products(TILE * BATCH),
-        weights(rows * BATCH), key_plan(a.key_digits), value_plan(a.value_digits),
-        digits(TILE * (a.key_digits + 16)) {
-    for (int64_t t = 0; t < a.n_tiers; t++) {
-      most_keys = std::max(most_keys, tiers[t].key_dwords());
-      most_values = std::max(most_values, tiers[t].value_words());
-    }
-    queries.reset(new Buffer<int32_t>(row_tiles * most_keys * 8 * TILE));
-    key_words.reset(new Buffer<uint32_t>(most_keys * BATCH));
-    value_pairs.reset(new Buffer<uint32_t>(BATCH / 2 * most_values));
-    std::fill_n((uint32_t*)*key_words, most_keys * BATCH, 0);  // lanes without a token
-    const int64_t n = a.n_tiers * rows;
-    sums.reset(new Buffer<float>(n * 8 * most_values));
-    minus.reset(new Buffer<float>(n));
-    base.reset(new Buffer<float>(n));
-    none.assign(8 * most_values, 0);
-    std::fill_n((float*)throughs, BLOCKS * row_tiles * TILE * dim, 0.0f);  // rows there are not
+        most_values(most(a, &Tier::value_words)), queries(a), unit(rows), top(rows), total(rows),
+        shrink(rows), seen(a.tokens * BATCH), key_radius(BATCH), value_radius(BATCH),
+        logits(rows * BATCH), exact_keys(BATCH * dim), exact_values(BATCH * dim),
+        products(TILE * BATCH), weights(rows * BATCH), value_plan(a.value_digits),
+        key_words(most(a, &Tier::key_dwords) * BATCH), value_pairs(BATCH / 2 * most_values),
+        sums(a.n_tiers * rows * 8 * most_values), minus(a.n_tiers * rows),
+        base(a.n_tiers * rows), none(8 * most_values, 0) {
+    // Lanes without a token.
+    std::fill_n((uint32_t*)key_words, most(a, &Tier::key_dwords) * BATCH, 0);
   }
 
   // Part [rows, 2 + D] of a task: greatest logit, sum of weights, sum in the values' frame.
   void codes(int64_t group, const Run* runs, int64_t count, float* part) {
     begin(group);
-    read(group % a.heads);
-    std::fill_n((float*)*base, a.n_tiers * rows, NONE);  // nothing has been summed
+    queries.read(group % a.heads);
+    read_values(group % a.heads);
+    std::fill_n((float*)base, a.n_tiers * rows, NONE);  // nothing has been summed
     int64_t block = -1, at = -1, known = 0;
     for (int64_t n = 0; n < count;) {
       const int32_t key = runs[n].key;
       if (key / a.n_tiers != block) {
         block = key / a.n_tiers;
-        if (++at == known) at = 0, known = turn_next(runs + n, count - n);
-        through = throughs + at * row_tiles * TILE * dim, term = terms + at * rows;
+        if (++at == known) at = 0, known = queries.turn_next(runs + n, count - n);
+        queries.use(at);
       }
       tier = key % a.n_tiers;
-      spread();
+      queries.spread(tier);
       for (; n < count && runs[n].key == key; n++) {
         if (n + AHEAD < count) look_ahead(runs[n + AHEAD].page);
         gather(runs[n]);
@@ -148,24 +99,29 @@ class Worker {
   }
 
  private:
+  static int64_t most(const Attend& a, int64_t (Tier::*size)() const) {
+    int64_t found = 0;
+    for (int64_t t = 0; t < a.n_tiers; t++)
+      found = std::max(found, (((const Tier*)a.tiers)[t].*size)());
+    return found;
+  }
+
   const Attend& a;
   const Tier* tiers;
-  const int64_t rows, dim, row_tiles;
-  int64_t most_keys, most_values, group = 0, tier = 0, batch = 0;
+  const int64_t rows, dim;
+  const int64_t most_values;
+  int64_t group = 0, tier = 0, batch = 0, head = -1;
   Past past{a, 0};
-  Transform keys;
-  const float *through = nullptr, *term = nullptr;  // of the block at hand
+  Queries queries;
   Ahead ahead;
-  Buffer<float> q, partners, turned, throughs, columns, terms, offset, step, unit, top, total, shrink;
+  Buffer<float> unit, top, total, shrink;
   Buffer<float> seen;  // [T, BATCH]: what the mask adds
   Buffer<float> key_radius, value_radius, logits, exact_keys, exact_values;
   Buffer<int32_t> products;
   Buffer<int16_t> weights;
-  Plan key_plan, value_plan;
-  Buffer<float> digits;
-  std::unique_ptr<Buffer<int32_t>> queries;  // [tiles, dwords, 8, TILE]: of two words' digits
-  std::unique_ptr<Buffer<uint32_t>> key_words, value_pairs;
-  std::unique_ptr<Buffer<float>> sums, minus, base;
+  Plan value_plan;
+  Buffer<uint32_t> key_words, value_pairs;
+  Buffer<float> sums, minus, base;
   std::vector<uint8_t> none;  // a value of no token
   const uint8_t* value_at[BATCH + 1];
   int64_t token[BATCH];  // of those that are taken next
@@ -197,7 +153,7 @@ class Worker {
     for (int64_t r = 0; r < rows; r++)
       std::copy_n(seen + r % a.tokens * BATCH, padded, logits + r * BATCH);
     for (int64_t r = 0; r < rows; r += TILE)
-      dots(tile(r), q + r * dim, dim, keys_at, k_row, count, logits + r * BATCH);
+      dots(tile(r), queries.q + r * dim, dim, keys_at, k_row, count, logits + r * BATCH);
     for (int64_t r = 0; r < rows; r++) {
       if (!soften(r, padded))
         std::fill_n(logits + r * BATCH, padded, 0.0f);
@@ -212,15 +168,8 @@ class Worker {
   void begin(int64_t of) {
     group = of, batch = 0;
     past = Past(a, group / a.heads);
+    queries.begin(group);
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t head = group % a.heads * a.group + r / a.tokens, t = r % a.tokens;
-      to_floats(a.q, group / a.heads * a.q_b + head * a.q_h + t * a.q_t, dim, a.dtype, q + r * dim);
-      for (int64_t d = 0; d < dim; d++) {
-        const float x = q[r * dim + d] * ((float)a.scale * LOG2E);
-        q[r * dim + d] = x == x ? x : __builtin_nanf("");  // of NaNs the plain one
-      }
-      if (a.block)
-        for (int64_t d = 0; d < dim; d++) partners[r * dim + d] = q[r * dim + a.partner[d]];
       top[r] = NONE, total[r] = 0;
     }
   }
@@ -244,99 +193,13 @@ class Worker {
     for (int64_t t = 0; t < a.tokens; t++) seen[t * BATCH + n] = NONE;
   }
 
-  void read(int64_t h) {
-    if (keys.head == h) return;
-    keys.read(a, a.key_back, h, true);
-    for (int64_t t = 0; t < a.n_tiers; t++) {
-      key_plan.read(a.key_grid + h * a.n_tiers * 3 * dim, a.key_plan + h * 2 * a.key_digits, t,
-                    tiers[t].key_first, tiers[t].nk, dim);
+  void read_values(int64_t h) {
+    if (head == h) return;
+    head = h;
+    for (int64_t t = 0; t < a.n_tiers; t++)
       value_plan.read(a.value_grid + h * a.n_tiers * 3 * dim,
                       a.value_plan + h * 2 * a.value_digits, t, tiers[t].value_first,
                       tiers[t].nv, dim);
-    }
-  }
-
-  // Turn queries by the next blocks that runs are of; how many.
-  int64_t turn_next(const Run* runs, int64_t count) {
-    int64_t blocks[BLOCKS], found = 0;
-    for (int64_t n = 0; n < count; n++) {
-      const int64_t block = runs[n].key / a.n_tiers;
-      if (found && blocks[found - 1] == block) continue;
-      if (found == BLOCKS) break;
-      blocks[found++] = block;
-    }
-    turn(blocks, found);
-    return found;
-  }
-
-  // Queries as the keys of some blocks want them: the transform is read once for all.
-  void turn(const int64_t* blocks, int64_t count) {
-    const int64_t size = rows * dim;
-    for (int64_t n = 0; n < count; n++) {
-      const float* __restrict cosine = a.cosine + blocks[n] * dim;
-      const float* __restrict sine = a.sine + blocks[n] * dim;
-      for (int64_t r = 0; r < rows; r++) {
-        const float* __restrict x = q + r * dim;
-        const float* __restrict other = partners + r * dim;
-        float* __restrict to = turned + n * size + r * dim;
-        if (a.block)
-          for (int64_t d = 0; d < dim; d++) to[d] = x[d] * cosine[d] + other[d] * sine[d];
-        else
-          std::copy_n(x, dim, to);
-        F32 found = {};
-        for (int64_t d = 0; d < dim; d += LANES) found += load<F32>(to + d) * load<F32>(keys.centre + d);
-        terms[n * rows + r] = sum(found);
-      }
-    }
-    std::fill_n((float*)columns, count * size, 0.0f);
-    for (int64_t c = 0; c < dim; c += PANEL) {
-      const int64_t wide = std::min<int64_t>(PANEL, dim - c);
-      for (int64_t r = 0; r < count * rows; r += TILE)  // of all blocks
-        product(std::min<int64_t>(TILE, count * rows - r), turned + r * dim, dim, dim,
-                keys.matrix + c * dim, wide, wide, columns + r * dim + c, dim);
-    }
-    for (int64_t n = 0; n < count; n++)
-      for (int64_t r = 0; r < rows; r += TILE)
-        transpose(columns + n * size + r * dim, 4 * dim, tile(r), dim,
-                  throughs + n * row_tiles * TILE * dim + r * dim, TILE);
-  }
-
-  // Queries as a tier's digits want them, in 16 bits.
-  void spread() {
-    const Tier& now = tiers[tier];
-    const int64_t dwords = now.key_dwords();
-    const float* __restrict by = key_plan.scale.data() + now.key_first;
-    const int32_t* __restrict dim_of = key_plan.dims.data() + now.key_first;
-    float* __restrict digit = digits;
-    for (int64_t g = TILE * now.nk; g < TILE * 16 * dwords; g++) digit[g] = 0;
-    for (int64_t tile = 0; tile < row_tiles; tile++) {
-      const float* from = through + tile * TILE * dim;
-      Row32 largest = {}, finite = {};
-      for (int64_t g = 0; g < now.nk; g++) {
-        const Row32 x = load<Row32>(from + dim_of[g] * TILE) * by[g];
-        store(digit + g * TILE, x);
-        const Row32 size = x > Row32{} ? x : -x;
-        largest = size > largest ? size : largest;
-        finite += x * 0.0f;
-      }
-      const Row32 per = largest > Row32{} ? MOST / largest : Row32{};
-      IRow32 sums = {};
-      int32_t* __restrict out = *queries + tile * dwords * 8 * TILE;
-      auto whole = [&](int64_t g) {  // to the nearest, by a sum that is positive
-        const Row32 x = load<Row32>(digit + g * TILE) * per + 32768.5f;
-        return (IRow32)((URow32)__builtin_convertvector(x, IRow32) - 32768);
-      };
-      for (int64_t d = 0; d < dwords; d++)
-        for (int s = 0; s < 8; s++) {
-          const IRow32 low = whole(16 * d + s), high = whole(16 * d + 8 + s);
-          sums += low + high;
-          store(out + (8 * d + s) * TILE, (URow32)(low & 0xffff) | (URow32)high << 16);
-        }
-      // Where a query is not finite, its logits are NaN.
-      const Row32 unit = largest / MOST + finite;
-      store(step + tile * TILE, unit);
-      store(offset + tile * TILE, 1.5f * unit * __builtin_convertvector(sums, Row32));
-    }
   }
 
   void look_ahead(int64_t page) {
@@ -387,12 +250,12 @@ class Worker {
     }
     const int64_t key_bytes = now.nk / 4, value_bytes = now.nv / 4;
     const uint8_t* keys_at = page + now.keys + slot * key_bytes;
-    transpose(keys_at, key_bytes, count, key_bytes / 4, *key_words + batch, BATCH);
+    transpose(keys_at, key_bytes, count, key_bytes / 4, key_words + batch, BATCH);
     if (key_bytes % 4)  // half of a word is left
       for (int64_t n = 0; n < count; n++) {
         uint16_t half;
         std::memcpy(&half, keys_at + (n + 1) * key_bytes - 2, 2);
-        (*key_words)[key_bytes / 4 * BATCH + batch + n] = half;
+        key_words[key_bytes / 4 * BATCH + batch + n] = half;
       }
     const uint8_t* values = page + now.values + slot * value_bytes;
     const uint8_t** __restrict at = value_at + batch;
@@ -437,7 +300,7 @@ class Worker {
       key_radius[n] = value_radius[n] = 0;
     }
     for (int64_t r = 0; r < rows; r += TILE) {
-      logits_of(tile(r), *key_words, dwords, batch, *queries + r * dwords * 8, products, ahead);
+      logits_of(tile(r), key_words, dwords, batch, queries.pairs + r * dwords * 8, products, ahead);
       for (int j = 0; j < tile(r); j++) scale_logits(r + j, products + j * BATCH, padded);
     }
     interleave(now, words);
@@ -445,17 +308,17 @@ class Worker {
     for (int64_t r = 0; r < rows; r++) weigh(r, padded);
     const int64_t stride = 8 * most_values;
     for (int64_t r = 0; r < rows; r += TILE)
-      sums_of(tile(r), *value_pairs, pairs, words, (const int32_t*)(weights + r * BATCH), unit + r,
-              *sums + (tier * rows + r) * stride, stride);
+      sums_of(tile(r), value_pairs, pairs, words, (const int32_t*)(weights + r * BATCH), unit + r,
+              sums + (tier * rows + r) * stride, stride);
     batch = 0;
   }
 
   void scale_logits(int64_t r, const int32_t* from, int64_t padded) {
     const float* bias = seen + r % a.tokens * BATCH;
     for (int64_t n = 0; n < padded; n += LANES) {
-      F32 x = to_float(load<I32>(from + n)) * splat(step[r]) - splat(offset[r]);
+      F32 x = to_float(load<I32>(from + n)) * splat(queries.step[r]) - splat(queries.offset[r]);
       store(logits + r * BATCH + n,
-            x * load<F32>(key_radius + n) + (splat(term[r]) + load<F32>(bias + n)));
+            x * load<F32>(key_radius + n) + (splat(queries.term[r]) + load<F32>(bias + n)));
     }
   }
 
@@ -466,7 +329,7 @@ class Worker {
     value_at[batch] = none.data();
     for (int64_t p = 0; 2 * p < batch; p++) {
       const uint8_t *first = value_at[2 * p], *second = value_at[2 * p + 1];
-      uint32_t* out = *value_pairs + p * words;
+      uint32_t* out = value_pairs + p * words;
       int64_t at = 0;
       for (; at + 16 <= size; at += 16) {
         Half x, y;
@@ -490,8 +353,9 @@ class Worker {
     unit[r] = 0;
     if (!soften(r, padded)) {
       std::fill_n(out, padded, 0);
-      if ((*base)[tier * rows + r] == NONE)  // the product adds nothing, but to numbers
-        std::fill_n(*sums + (tier * rows + r) * 8 * most_values, 8 * tiers[tier].value_words(), 0.0f);
+      if (base[tier * rows + r] == NONE)  // the product adds nothing, but to numbers
+        std::fill_n(sums + (tier * rows + r) * 8 * most_values, 8 * tiers[tier].value_words(),
+                    0.0f);
       return;
     }
     float* p = logits + r * BATCH;
@@ -515,15 +379,15 @@ class Worker {
     }
     unit[r] = largest / MOST;
     follow(tier, r);
-    (*minus)[tier * rows + r] += 1.5f * unit[r] * (float)sum(all);
+    minus[tier * rows + r] += 1.5f * unit[r] * (float)sum(all);
   }
 
   // Bring what a tier has summed up to the greatest logit so far.
   void follow(int64_t of, int64_t r) {
-    float& from = (*base)[of * rows + r];
+    float& from = base[of * rows + r];
     if (from == top[r]) return;
-    float* __restrict sum = *sums + (of * rows + r) * 8 * most_values;
-    float& less = (*minus)[of * rows + r];
+    float* __restrict sum = sums + (of * rows + r) * 8 * most_values;
+    float& less = minus[of * rows + r];
     const int64_t n = 8 * tiers[of].value_words();
     if (from == NONE) {
       std::fill_n(sum, n, 0.0f);
@@ -542,10 +406,10 @@ class Worker {
     for (int64_t t = 0; t < a.n_tiers; t++) {
       const Tier& now = tiers[t];
       for (int64_t r = 0; r < rows; r++) {
-        if ((*base)[t * rows + r] == NONE) continue;
+        if (base[t * rows + r] == NONE) continue;
         follow(t, r);
-        const float* sum = *sums + (t * rows + r) * 8 * most_values;
-        const float less = (*minus)[t * rows + r];
+        const float* sum = sums + (t * rows + r) * 8 * most_values;
+        const float less = minus[t * rows + r];
         const float* __restrict by = value_plan.scale.data() + now.value_first;
         const int32_t* __restrict dim_of = value_plan.dims.data() + now.value_first;
         const int64_t words = now.value_words(), used = now.nv / 8;
@@ -635,7 +499,7 @@ SKV_EXPORT void skv_attend(const Attend* given) {
       if (task.first == task.last)
         worker.exact(task.group, part);
       else
-        worker.codes(task.group, runs[task.group].data() + task.first, task.last - task.first, part);
+        worker.codes(task.group, &runs[task.group][task.first], task.last - task.first, part);
     }
     Transform values(a.dim);
 #pragma omp for schedule(static)

@@ -92,7 +92,8 @@ void product_tile(const float* x, int64_t x_row, int64_t n, const float* matrix,
 }
 
 template <int ROWS>
-void dots_tile(const float* x, int64_t n, const float* keys, int64_t key_row, int64_t count, float* out) {
+void dots_tile(const float* x, int64_t n, const float* keys, int64_t key_row, int64_t count,
+               float* out) {
   for (int64_t i = 0; i < count; i++) {
     F32 acc[TILE] = {};
     for (int64_t d = 0; d < n; d += LANES) {

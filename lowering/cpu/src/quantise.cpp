@@ -71,7 +71,8 @@ SKV_EXPORT void skv_quantise(const Quantise* given) {
         F32 along = {}, energy = {}, unused;
         for (int64_t d = 0; d < width; d += LANES) {
           const F32 w = load<F32>(weight + d), unit = load<F32>(z + d) / splat(per);
-          const F32 on = on_grid(unit / splat(tried), load<F32>(step + d), load<F32>(levels + d), unused);
+          const F32 on =
+              on_grid(unit / splat(tried), load<F32>(step + d), load<F32>(levels + d), unused);
           along += w * unit * on;
           energy += w * on * on;
         }

@@ -56,8 +56,8 @@ struct Radii {
 };
 static const Radii RADII;
 
-static void split(const Attend& a, const Tier& tier, int64_t page, int tiers, int tier_index, int used,
-           std::vector<Run>& runs) {
+static void split(const Attend& a, const Tier& tier, int64_t page, int tiers, int tier_index,
+                  int used, std::vector<Run>& runs) {
   const uint8_t* __restrict gap = a.pool + page * a.page_bytes + tier.gap;
   int64_t i = a.info[2 * page], before = i, end = 0, block = -1;
   Run* run = nullptr;
@@ -75,7 +75,8 @@ static void split(const Attend& a, const Tier& tier, int64_t page, int tiers, in
     if (i >= end || run == nullptr) {
       block = a.block ? i / a.block : 0;
       end = a.block ? (block + 1) * a.block : std::numeric_limits<int64_t>::max();
-      runs.push_back({(int32_t)page, slot, 0, (int32_t)before, (int32_t)(block * tiers + tier_index)});
+      const int32_t key = block * tiers + tier_index;
+      runs.push_back({(int32_t)page, slot, 0, (int32_t)before, key});
       run = &runs.back();
     }
     if (a.tracked) {
@@ -115,7 +116,8 @@ static void collect(const Attend& a, int64_t group, std::vector<Run>& sorted) {
   for (const Run& run : runs) sorted[place[run.key]++] = run;
 }
 
-static void cut(const std::vector<Run>& runs, int64_t group, int64_t tiers, std::vector<Task>& tasks) {
+static void cut(const std::vector<Run>& runs, int64_t group, int64_t tiers,
+                std::vector<Task>& tasks) {
   int64_t tokens = 0;
   for (size_t n = 0, first = 0; n < runs.size(); n++) {
     tokens += runs[n].count;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #define SKV_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -75,8 +76,10 @@ static inline float sum(F32 x) {
 // The sums of four vectors.
 static inline Row32 sums(F32 a, F32 b, F32 c, F32 d) {
   const Row32 w = quarter(a), x = quarter(b), y = quarter(c), z = quarter(d);
-  const Row32 wx = __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
-  const Row32 yz = __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
+  const Row32 wx =
+      __builtin_shufflevector(w, x, 0, 4, 1, 5) + __builtin_shufflevector(w, x, 2, 6, 3, 7);
+  const Row32 yz =
+      __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
   return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
 }
 
@@ -205,8 +208,8 @@ static inline void from_floats(const float* from, void* out, int64_t at, int64_t
   }
 }
 
-// ``to`` [n, m], rows ``to_row`` apart, of ``from`` [m, n], rows ``from_row`` apart: 32-bit elements,
-// four by four where they are.
+// ``to`` [n, m], rows ``to_row`` apart, of ``from`` [m, n], rows ``from_row`` bytes apart: 32-bit
+// elements, four by four where there are so many.
 static inline void transpose(const void* from, int64_t from_row, int64_t m, int64_t n, void* to,
                              int64_t to_row) {
   typedef int32_t Four __attribute__((vector_size(16)));
@@ -246,7 +249,8 @@ static inline void transpose(const void* from, int64_t from_row, int64_t m, int6
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(size_t n) : data_((T*)::operator new(4 * LANES + n * sizeof(T), std::align_val_t(64))) {}
+  explicit Buffer(size_t n)
+      : data_((T*)::operator new(4 * LANES + n * sizeof(T), std::align_val_t(64))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
