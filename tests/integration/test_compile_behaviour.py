@@ -92,6 +92,9 @@ def test_another_length_or_codec_is_another_graph_and_right() -> None:
             (128, {"codec": "grid"}),
             (128, {"codec": "grid", "bits": 3.0}),
             (128, {"codec": "grid", "recent": 20}),
+            # Of budgets, pages are the same and their number is not.
+            (2048, {"codec": "grid", "retention": "rdr", "page_tokens": 8, "bits": 1.5}),
+            (2048, {"codec": "grid", "retention": "rdr", "page_tokens": 8, "bits": 4.0}),
         ],
         start=1,
     ):
@@ -111,7 +114,7 @@ def test_another_length_or_codec_is_another_graph_and_right() -> None:
         assert graphs() == n
     # Back to the first: its graph is still there.
     greedy(step, cache_for(model), ids, mask, 4, prefill=model)
-    assert graphs() == 5
+    assert graphs() == 7
 
 
 def test_generate_after_skv_compile_makes_one_graph_for_all_calls(eager_inner: None) -> None:

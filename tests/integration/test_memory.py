@@ -72,6 +72,7 @@ def measure(mode: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_filling_and_reading_32k_tokens_takes_their_compressed_size_and_little_more() -> None:
     """Filled in chunks of 1024: the working set is that of a chunk, not of a dense layer."""
     sizes = measure("codes")

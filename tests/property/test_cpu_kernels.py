@@ -21,7 +21,7 @@ from skv_compile.lowering import codes, kernels, ops, reference
 from skv_compile.lowering.cpu import kernels as cpu
 from skv_compile.lowering.cpu import library
 from skv_compile.lowering.grid import grid_frame
-from skv_compile.lowering.layout import Layout
+from skv_compile.lowering.layout import GAP_FILLER, Layout
 from skv_compile.lowering.state import CODED, KIND, PER_TIER
 
 CPU = torch.device("cpu")
@@ -128,6 +128,19 @@ def test_any_length(length: int, tracked: bool, queries: int, mask: str | None, 
     case = kernel_cases.TRACKED if tracked else kernel_cases.UNIFORM
     kw = {**case, "page_tokens": page, "length": length, "queries": queries, "mask": mask}
     one = kernel_cases.forward(CPU, dim=32, batch=2, coded=False, **kw)
+    assert kernel_cases.error(native(one), one.reference()) < 1e-3
+
+
+def test_slots_without_a_token_are_passed_over_at_equal_results(variant: str) -> None:
+    one = kernel_cases.forward(CPU, slots=4096, length=3000, **kernel_cases.TRACKED)
+    state, fillers = one.state, 0
+    for page in state.table[state.table >= 0].tolist():
+        base, kind = state.info[page].tolist()
+        if base < 1000 and kind % PER_TIER > 5:
+            first = one.layout.fields[kind // PER_TIER]["gap"].offset
+            state.pool[page, first + 3] = GAP_FILLER
+            fillers += 1
+    assert fillers > 10
     assert kernel_cases.error(native(one), one.reference()) < 1e-3
 
 

@@ -33,7 +33,7 @@ triton.compile(
 
 
 @interpreted
-@pytest.mark.parametrize("dim", [16, 40, 64])
+@pytest.mark.parametrize("dim", [16, *(pytest.param(n, marks=pytest.mark.slow) for n in (40, 64))])
 def test_vectors_diagonalise_the_matrix(dim):
     """From eigenvalues over six decades, two of them equal, and a diagonal matrix."""
     from skv_compile.lowering import eigen

@@ -131,6 +131,7 @@ def test_rows_do_not_see_one_another(program: Program, mask: str) -> None:
     assert difference(alone, together(program)[:1], first, 0) < tolerance(program)
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES or 2)
 @given(programs(dtype="float32", kv_heads=2, steps=1), st.sampled_from(BOOL_MASKS))
 def test_heads_may_trade_places(program: Program, mask: str) -> None:
@@ -150,6 +151,7 @@ def test_heads_may_trade_places(program: Program, mask: str) -> None:
 # ---------------------------------------------------------------- keys of caches
 
 
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES or 2)
 @given(programs(steps=1, layers=1))
 def test_one_program_is_one_text_and_another_config_another(program: Program) -> None:
