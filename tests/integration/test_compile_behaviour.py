@@ -60,6 +60,7 @@ def test_decoding_is_one_graph_for_200_steps_and_a_second_cache() -> None:
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_sliding_layers_cost_no_more_graphs_than_in_a_dense_static_cache() -> None:
     """The sliding layers of transformers keep a Python number that Dynamo learns to generalise."""
     model = tiny("gemma3")
@@ -197,6 +198,7 @@ def test_generated_code_copies_no_pool_and_no_exact_region(codec: str) -> None:
     assert "copy_(" not in code
 
 
+@pytest.mark.slow
 def test_a_models_step_writes_its_caches_in_place() -> None:
     """Where Inductor reads a cache after it wrote it, it has to copy it first."""
     model = tiny("llama")

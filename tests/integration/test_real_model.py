@@ -23,7 +23,7 @@ BOUNDS = {
     ("frame", 4.125): 0.0013,
     ("frame", 2.125): 0.012,
 }
-SOON = [("identity", 32.0), ("frame", 2.125)]
+SOON = [("frame", 2.125)]
 CASES = [pytest.param(*case, marks=() if case in SOON else pytest.mark.slow) for case in BOUNDS]
 
 

@@ -106,7 +106,14 @@ CASES = {
 
 def names(*some: str) -> list[Any]:
     """Cases, those that take the interpreter longest marked slow."""
-    slow = ("D=256", "blocks of 24", "a row of padding alone", "blocks of 200", "fp16, D=128")
+    slow = (
+        "D=256",
+        "blocks of 24",
+        "a row of padding alone",
+        "blocks of 200",
+        "fp16, D=128",
+        "padding",
+    )
     return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in some]
 
 
