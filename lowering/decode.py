@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .codes import RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO, Frame
 from .generate import power_of_two
+from .kernels import rows_of
 from .layout import Layout
 from .turn import turn_back_table
 
@@ -83,7 +84,7 @@ def decode_side(
     out = torch.empty(batch, heads, n, dim, dtype=torch.float32, device=digits.device)
     if out.numel() == 0:
         return out
-    digits = digits if digits.stride(-1) == 1 else digits.contiguous()
+    digits = rows_of(digits)
     table = partner = where = digits  # not read
     blocks, by = 1, (0, 0, 0)
     if i is not None and layout.block:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .codes import GAINS, RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO, UNBIASED_CAP, Frame
 from .generate import power_of_two
+from .kernels import rows_of
 from .layout import Layout
 from .statistics import turned_rows
 from .turn import turn_back_table
@@ -133,7 +134,7 @@ def in_frame(x: Tensor, i: Tensor | None, frame: Frame, plan: Tensor, layout: La
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if out.numel() == 0:
         return out
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_of(x)
     table = partner = where = x  # not read
     blocks, by = 1, (0, 0, 0)
     if i is not None and layout.block:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import CacheStateError
 from .generate import Spec, module, names_of, power_of_two, tile_sizes
 from .launch import Launch, chains, same_kernels
 from .layout import EXACT_DTYPES, Layout
@@ -72,9 +73,23 @@ LONG = "many query rows"  # turning keys is less work then: by design, not worth
 
 
 @cache
-def say(reason: str) -> None:
-    """Say once that something runs on the slower reference."""
-    log.warning("skv::attend runs on its PyTorch reference, not on Triton kernels: %s.", reason)
+def say(reason: str, instead: str = "on Triton kernels") -> None:
+    """Say once that something runs on the slower reference, and not ``instead``."""
+    log.warning("skv::attend runs on its PyTorch reference, not %s: %s.", instead, reason)
+
+
+def check_heads(q: Tensor, queries: Tensor) -> None:
+    """Refuse queries [B, Hq, ...] of other heads than those that are kept."""
+    if queries.shape[1] != q.shape[1]:
+        raise CacheStateError(
+            f"{q.shape[1]} query heads meet a cache made for {queries.shape[1]}. Make the cache "
+            "from the config of the model that uses it."
+        )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def spec_of(q: Tensor, k: Tensor, mask: Tensor | None, layout: str, raw: bool) -> Spec:
@@ -157,7 +172,7 @@ def steps(
     pieces = scratch(out_rows, names["PIECES_OUT"] + 1, dim)
     ready = scratch(out_rows, dtype=torch.int32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     seen, mask_b, mask_t, slots = mask_parts(mask)
     seen = flags if seen is None else seen
     chained = {"launch_pdl": True} if spec.chained else {}

@@ -147,7 +147,8 @@ def _attend_cpu(q, k, v, mask, position, *rest) -> Tensor:
         reason = cpu.refusal(layout, q, mask, k.shape[1])
         if reason is None:
             return cpu.attend(q, k, v, mask, position, state, scale, layout)
-        cpu.say(reason)
+        if reason:
+            kernels.say(reason, "natively")
     return reference.attend(q, k, v, mask, position, state, causal, scale, layout)
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .generate import power_of_two
+from .kernels import rows_of
 from .layout import Layout
 
 LOG2E = math.log2(math.e)
@@ -195,7 +196,7 @@ class Sampled:
         layout: Layout,
     ) -> None:
         self.q, self.lead, self.layout = q.contiguous(), lead, layout
-        self.k, self.v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        self.k, self.v = rows_of(k), rows_of(v)
         self.number = number.int().contiguous()
         self.batch, self.heads, self.tokens, dim = k.shape
         self.rows = q.shape[2] * q.shape[3]

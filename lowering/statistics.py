@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .generate import power_of_two
+from .kernels import rows_of
 from .reference.fit import Side, sampled
 from .reference.statistics import Attention, Prompt, chosen_blocks, weigh
 from .sampled import Sampled, finite
@@ -199,7 +200,7 @@ def sides(prompt: Prompt) -> tuple[Side, Side]:
 def _side(x: Tensor, weight: Tensor, metric: Tensor | None, prompt: Prompt) -> Side:
     """Keys, which have a metric, or values [B, H, T, D] with weights [H, B * T]."""
     keys = metric is not None
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_of(x)
     batch, heads, tokens, dim = x.shape
     layout, runs = prompt.layout, -(-tokens // RUN)
     table, partner, blocks = _turn(prompt, keys)

@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .errors import CacheStateError
 from .generate import power_of_two
-from .kernels import mask_parts
+from .kernels import check_heads, mask_parts, rows_of
 from .layout import Layout
 from .state import FLAG_FULL, FLAG_NONFINITE, FLAG_POSITION
 
@@ -137,7 +136,7 @@ def append(
     layout: Layout,
 ) -> None:
     """``reference.append`` of one token a row on a device that raises nothing."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    k, v = rows_of(k), rows_of(v)
     batch, heads, _, dim = k.shape
     seen, mask_b, _, slots = mask_parts(mask)
     kind, hidden, mask_h = 0, 0.0, 0
@@ -159,12 +158,8 @@ def append(
 def retain(q: Tensor, position: Tensor, queries: Tensor, meta: Tensor, layout: Layout) -> None:
     """``reference.retain``."""
     batch, heads, _, dim = q.shape
-    if queries.shape[1] != heads:
-        raise CacheStateError(
-            f"{heads} query heads meet a cache made for {queries.shape[1]}. Make the cache from "
-            "the config of the model that uses it."
-        )
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    check_heads(q, queries)
+    q = rows_of(q)
     _retain[(batch,)](
         q, position, queries, meta, q.stride(0), q.stride(1),
         H=heads, D=dim, HP=power_of_two(heads), DP=power_of_two(dim), SINKS=layout.sinks,

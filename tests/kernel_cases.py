@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from skv_compile.cache.state import LayerState
@@ -90,6 +91,26 @@ def masks(kind: str | None, batch: int, slots: int, device: torch.device) -> Ten
     if kind == "hole":
         full[:, :, :, 90:140] = False
     return full
+
+
+def one_token(
+    data: st.DataObject, batch: int, random: Any, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Queries, keys, values, mask and position of the n-th step after 40 tokens of 64: where they
+    are expected or not, finite or not, seen or not."""
+    start = data.draw(st.sampled_from([0, 39 + n, 40 + n, 41 + n, 63]))
+    k, v, q = random(2, 1), random(2, 1), random(4, 1)
+    if data.draw(st.integers(0, 4)) == 0:
+        bad = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+        k[data.draw(st.integers(0, batch - 1)), 1, 0, 3] = bad
+    mask = None
+    kind = data.draw(st.sampled_from(["none", "bool", "float"]))
+    if kind != "none":
+        shape = (data.draw(st.sampled_from([1, batch])), 1, 1, 64)
+        mask = torch.rand(shape) > data.draw(st.sampled_from([0.0, 0.5]))
+        if kind == "float":
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    return q, k, v, mask, torch.tensor([start])
 
 
 class Forward(NamedTuple):

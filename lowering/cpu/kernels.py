@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import weakref
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..codes import Frame
-from ..errors import CacheStateError
-from ..kernels import MOST_ROWS, MOST_TOKENS, mask_parts
+from ..kernels import MOST_ROWS, MOST_TOKENS, check_heads, mask_parts, rows_of
 from ..layout import EXACT_DTYPES, Layout
 from ..state import State
 from ..turn import turn_back_table
 from .library import STRUCTS, load
-
-log = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_MASK, BOOL_MASK = -1, 3
@@ -43,13 +39,6 @@ def refusal(layout: Layout, q: Tensor, mask: Tensor | None, heads: int) -> str |
     if mask is not None and mask.dtype != torch.bool and mask.dtype not in DTYPES:
         return f"a mask of {mask.dtype}"
     return None
-
-
-@cache
-def say(reason: str) -> None:
-    """Say once that something runs on the slower reference."""
-    if reason:
-        log.warning("skv::attend runs on its PyTorch reference, not natively: %s.", reason)
 
 
 @lru_cache(maxsize=64)
@@ -85,10 +74,6 @@ class _Turns:
 _turns = _Turns()
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _mask_kind(mask: Tensor | None) -> tuple[int, float]:
     if mask is None:
         return NO_MASK, 0.0
@@ -112,15 +97,14 @@ def attend(
     assert library is not None
     batch, q_heads, tokens, dim = q.shape
     heads = k.shape[1]
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
     kind, hidden = _mask_kind(mask)
     seen, mask_b, mask_t, slots = mask_parts(mask)
     out = torch.empty(q.shape, dtype=q.dtype)
     cosine = sine = partner = 0
     if layout.block:
-        (table, others) = _turns(state.turn, layout)
+        table, others = _turns(state.turn, layout)
         cosine, sine, partner = table[0].data_ptr(), table[1].data_ptr(), others.data_ptr()
-    ring = layout.ring
     given = Attend.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if seen is None else seen.data_ptr(),
         position.data_ptr(), state.exact_keys.data_ptr(), state.exact_values.data_ptr(),
@@ -132,7 +116,7 @@ def attend(
         batch, heads, q_heads // heads, tokens, dim, DTYPES[q.dtype], DTYPES[state.key_back.dtype],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         kind, mask_b, mask_t, slots,
-        layout.sinks, ring, state.table.shape[2], layout.page_bytes, layout.block,
+        layout.sinks, layout.ring, state.table.shape[2], layout.page_bytes, layout.block,
         layout.tracked, len(layout.tiers), state.key_plan.shape[2], state.value_plan.shape[2],
         torch.get_num_threads(), scale, hidden,
     )  # fmt: skip
@@ -159,7 +143,7 @@ def append(
         return False
     if v.dtype != k.dtype:
         return False
-    k, v = _rows(k), _rows(v)
+    k, v = rows_of(k), rows_of(v)
     kind, hidden = _mask_kind(mask)
     seen, mask_b, _, slots = mask_parts(mask)
     mask_h = 0 if seen is None else seen.stride(1)
@@ -178,12 +162,8 @@ def retain(q: Tensor, position: Tensor, queries: Tensor, meta: Tensor, layout: L
     library = load()
     if library is None or q.dtype not in DTYPES or queries.dtype != q.dtype:
         return False
-    if queries.shape[1] != q.shape[1]:
-        raise CacheStateError(
-            f"{q.shape[1]} query heads meet a cache made for {queries.shape[1]}. Make the cache "
-            "from the config of the model that uses it."
-        )
-    q = _rows(q)
+    check_heads(q, queries)
+    q = rows_of(q)
     given = Retain.pack(
         q.data_ptr(), position.data_ptr(), queries.data_ptr(), meta.data_ptr(),
         q.shape[0], q.shape[1], q.shape[3], DTYPES[q.dtype], *q.stride()[:2],

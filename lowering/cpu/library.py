@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from ...files import cache_folder, replacing
 from ..codes import GAINS, RADIUS_STEPS_PER_OCTAVE, RADIUS_ZERO, UNBIASED_CAP
 from ..errors import SkvError
 
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 SWITCH = "SKV_CPU"  # environment: one of VARIANTS, or "reference"
-CACHE_DIR = "SKV_CACHE_DIR"
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 #: name -> flags, and what the CPU must have (as Linux names it), best first
@@ -107,15 +107,6 @@ def compiler() -> list[str] | None:
     return None
 
 
-def cache_dir() -> Path:
-    """Where built libraries are kept."""
-    root = os.environ.get(CACHE_DIR)
-    if root:
-        return Path(root) / "cpu"
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "skv_compile" / "cpu"
-
-
 def constants() -> list[str]:
     """What the sources take from Python."""
     return [
@@ -152,25 +143,23 @@ def build(name: str, extra: Sequence[str] = ()) -> Path:
         about = hashlib.sha256(repr((words, version, flags, platform.machine())).encode())
         for source in sorted(SOURCES.iterdir()):
             about.update(source.name.encode() + source.read_bytes())
-        target = cache_dir() / f"skv-{name}-{about.hexdigest()[:16]}.so"
+        target = cache_folder() / "cpu" / f"skv-{name}-{about.hexdigest()[:16]}.so"
         if target.exists():
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with replacing(target) as made, tempfile.TemporaryDirectory() as folder:
             units = sorted(SOURCES.glob("*.cpp"))
             objects = [f"{folder}/{unit.stem}.o" for unit in units]
             compile_one = [*words, *flags, "-c"]
             with ThreadPoolExecutor() as pool:  # side by side
                 pairs = zip(units, objects, strict=True)
-                commands = [[*compile_one, str(unit), "-o", made] for unit, made in pairs]
+                commands = [[*compile_one, str(unit), "-o", one] for unit, one in pairs]
                 done = list(pool.map(_run, commands))
-            made = f"{folder}/{target.name}"
             if not any(one.returncode for one in done):
                 done = [_run([*words, *flags, "-shared", *objects, "-o", made])]
             for one in done:
                 if one.returncode:
                     raise BuildError(f"{words[0]} failed: {_first_error(one.stderr)}")
-            os.replace(made, target)  # whole or not at all, whoever else builds it
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(str(error)) from error
     return target
@@ -213,7 +202,7 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 @cache
-def _loaded(name: str) -> ctypes.CDLL | BuildError:
+def _loaded(name: str) -> ctypes.CDLL | None:
     try:
         return open_library(build(name))
     except (BuildError, OSError) as error:
@@ -222,13 +211,10 @@ def _loaded(name: str) -> ctypes.CDLL | BuildError:
             "reference, which is slower: %s",
             error,
         )
-        return error if isinstance(error, BuildError) else BuildError(str(error))
+        return None
 
 
 def load() -> ctypes.CDLL | None:
     """The library for this CPU; None where the reference runs instead, which was said once."""
     name = variant()
-    if name is None:
-        return None
-    found = _loaded(name)
-    return None if isinstance(found, BuildError) else found
+    return None if name is None else _loaded(name)

@@ -239,19 +239,7 @@ def test_append_and_retain_of_one_token_equal_their_references(data: st.DataObje
     state, random = kernel_cases.filled(CPU, batch=batch, length=40, slots=64, dim=16, **more)
     own, other = ([x.clone() for x in state.tensors[:4]] for _ in range(2))
     for n in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.sampled_from([0, 39 + n, 40 + n, 41 + n, 63]))
-        k, v, q = random(2, 1), random(2, 1), random(4, 1)
-        if data.draw(st.integers(0, 4)) == 0:
-            bad = data.draw(st.sampled_from([math.nan, math.inf, -math.inf]))
-            k[data.draw(st.integers(0, batch - 1)), 1, 0, 3] = bad
-        mask = None
-        kind = data.draw(st.sampled_from(["none", "bool", "float"]))
-        if kind != "none":
-            shape = (data.draw(st.sampled_from([1, batch])), 1, 1, 64)
-            mask = torch.rand(shape) > data.draw(st.sampled_from([0.0, 0.5]))
-            if kind == "float":
-                mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-        position = torch.tensor([start])
+        q, k, v, mask, position = kernel_cases.one_token(data, batch, random, n)
         if state.layout.observed:
             assert cpu.retain(q, position, own[2], own[3], state.layout)
             reference.retain(q, position, other[2], other[3], state.layout)
@@ -290,7 +278,7 @@ def test_the_op_runs_natively_and_says_when_not(
 
     run(one)
     assert calls == [1]
-    cpu.say.cache_clear()
+    kernels.say.cache_clear()
     mask = torch.ones(1, 4, 1, 512, dtype=torch.bool)
     with caplog.at_level(logging.WARNING):
         run(one._replace(mask=mask))

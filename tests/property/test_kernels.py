@@ -74,20 +74,7 @@ def test_append_and_retain_of_one_token_equal_their_references(data):
     state, random = kernel_cases.filled(CPU, batch=batch, length=40, slots=64, dim=16, **more)
     own, other = ([x.clone() for x in state.tensors[:4]] for _ in range(2))
     for n in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.sampled_from([0, 39 + n, 40 + n, 41 + n, 63]))
-        k, v, q = random(2, 1), random(2, 1), random(4, 1)
-        if data.draw(st.integers(0, 4)) == 0:
-            k[data.draw(st.integers(0, batch - 1)), 1, 0, 3] = data.draw(
-                st.sampled_from([float("nan"), float("inf"), -float("inf")])
-            )
-        mask = None
-        kind = data.draw(st.sampled_from(["none", "bool", "float"]))
-        if kind != "none":
-            shape = (data.draw(st.sampled_from([1, batch])), 1, 1, 64)
-            mask = torch.rand(shape) > data.draw(st.sampled_from([0.0, 0.5]))
-            if kind == "float":
-                mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-        position = torch.tensor([start])
+        q, k, v, mask, position = kernel_cases.one_token(data, batch, random, n)
         if retention == "rdr":
             reference.retain(q, position, own[2], own[3], state.layout)
             store.retain(q, position, other[2], other[3], state.layout)
