@@ -43,7 +43,7 @@ def refusal(layout: Layout, q: Tensor, mask: Tensor | None, heads: int) -> str |
 
 @lru_cache(maxsize=64)
 def _tiers(layout: Layout) -> ctypes.Array:
-    """Of every tier, what ``Tier`` in attend.cpp has."""
+    """Of every tier, what ``Tier`` in runs.h has."""
     numbers: list[int] = []
     for t, fields in enumerate(layout.fields):
         first = layout.digits_before(t)

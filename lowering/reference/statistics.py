@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import Layout
@@ -20,6 +21,7 @@ BLOCKS_AT_ONCE = 16
 #: the plain rotation (fitted to 256 tokens and used on 3,072, they cost four times its KL).
 LONG = 512
 POWER, FLOOR = {True: 0.7, False: 0.5}, {True: 0.1, False: 0.3}
+QUERY_CHUNKS = 4
 CHUNK_BYTES = 1 << 24  # of attention weights at once: more leave the cache of a processor
 
 
@@ -108,10 +110,33 @@ def attention(prompt: Prompt) -> Attention:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, number: Tensor, prompt: Prompt) -> Attention:
+    """Of some heads: q [B, H, G, n, D] and vectors [B, H, T, D]. Queries see half of the tokens on
+    average: some of them are taken at a time, with the tokens that they may see."""
+    layout = prompt.layout
+    weight = k.new_zeros(*k.shape[:3])
+    total = torch.zeros_like(weight)
+    mass = []
+    for some in torch.arange(len(number)).chunk(QUERY_CHUNKS):
+        n = slice(int(some[0]), int(some[-1]) + 1)
+        end = int(number[some[-1]]) + 1
+        seen = (x[:, :, :end] for x in (k, v))
+        w, square = _pairs(q[:, :, :, n], *seen, number[n], prompt)
+        mass.append(block_mass(w, layout))
+        weight[..., :end] += w.sum((2, 3))
+        total[..., :end] += square.sum((2, 3))
+    blocks = mass[-1].shape[-1]
+    every = torch.cat([F.pad(x, (0, blocks - x.shape[-1])) for x in mass], 3)
+    flat = (x.transpose(0, 1).flatten(1) for x in (weight, total))
+    return Attention(*flat, query_moment(q, every, prompt.plan, layout))
+
+
+def _pairs(
+    q: Tensor, k: Tensor, v: Tensor, number: Tensor, prompt: Prompt
+) -> tuple[Tensor, Tensor]:
+    """Of every pair of a query and a token w and a^2 (``Attention``): [B, H, G, n, T]."""
     layout, dim = prompt.layout, q.shape[-1]
     t = torch.arange(k.shape[2], device=k.device)
-    alive = t < prompt.tokens
-    seen = (t <= number[:, None]) & alive[:, None]  # [B, n, T]
+    seen = (t <= number[:, None]) & (t < prompt.tokens)[:, None]  # [B, n, T]
     logits = (q @ k.mT[:, :, None]).mul_(dim**-0.5)
     a = logits.masked_fill_(~seen[:, None, None], -torch.inf).softmax(-1)
     o = a @ v[:, :, None]
@@ -121,9 +146,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, number: Tensor, prompt: Prompt) 
     distance = (o @ v.mT[:, :, None]).mul_(-2).add_(o.square().sum(-1, keepdim=True))
     distance = distance.add_(v.square().sum(-1)[:, :, None, None]).clamp_(min=0)
     # Rows of padding alone have no attention.
-    w, square = torch.nan_to_num(distance.mul_(square)), torch.nan_to_num(square)
-    weight, total = (x.sum((2, 3)).transpose(0, 1).flatten(1) for x in (w, square))
-    return Attention(weight, total, query_moment(q, block_mass(w, layout), prompt.plan, layout))
+    return distance.mul_(square).nan_to_num_(), square.nan_to_num_()
 
 
 def block_mass(w: Tensor, layout: Layout) -> Tensor:
@@ -131,7 +154,7 @@ def block_mass(w: Tensor, layout: Layout) -> Tensor:
     w = w[..., layout.sinks :]
     if layout.block == 0:
         return w.sum(-1, keepdim=True)
-    w = torch.nn.functional.pad(w, (0, -w.shape[-1] % layout.block))
+    w = F.pad(w, (0, -w.shape[-1] % layout.block))
     return w.unflatten(-1, (-1, layout.block)).sum(-1)
 
 

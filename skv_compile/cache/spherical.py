@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -32,6 +33,22 @@ _KINDS = {
 }
 #: Those of a size that does not grow with the tokens: nothing is lost by leaving them as they are.
 _BOUNDED = _KINDS.keys() - {"LinearAttentionAndStaticFullAttentionLayer", "StaticIndexedLayer"}
+
+
+class Owner:
+    """The compiled model that uses a cache, if any, held weakly. A pickle does not know it."""
+
+    def __init__(self, model: Any = None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+
+    def __call__(self) -> Any:
+        return None if self._model is None else self._model()
+
+    def __deepcopy__(self, memo: Any) -> Owner:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Owner, ()
 
 
 class SphericalCache(Cache):
@@ -82,7 +99,7 @@ class SphericalCache(Cache):
             siblings.append(layers[n])
         self.journal.dense_layers = len(layers) - len(full)
         self._max_cache_len = max_cache_len
-        self.owner: Any = None  # weak reference to the compiled model that uses this cache
+        self.owner = Owner()
         super().__init__(layers=layers)
 
     @property

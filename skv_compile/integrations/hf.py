@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import textwrap
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from ..backend import SkvBackend, refuse_gradients
-from ..cache.spherical import SphericalCache, check_frames, static_layers
+from ..cache.spherical import Owner, SphericalCache, check_frames, static_layers
 from ..codec.saved import check_model, load_frames
 from ..config import Config
 from ..errors import CacheStateError, SkvError, UnsupportedError
@@ -61,6 +62,7 @@ class Attachment:
         self._generate = getattr(model, "generate", None)
         self._compiled: Any = None
         self._cache: SphericalCache | None = None
+        self._busy = threading.Lock()  # held by the generate() that uses that cache
         self._dense: dict[str, str] = {}  # attention implementation -> why it is left dense
         self._readable(model)
 
@@ -89,6 +91,7 @@ class Attachment:
                 f"the cache holds a batch of {cache.batch_size} rows and was given {rows}. "
                 "A cache serves one batch: make a new SphericalCache."
             )
+        cache.journal.begin()
         try:
             readable = self._readable(model)
             if tokens == 1 and cache.is_initialized and readable and self._wants(model, kwargs):
@@ -159,9 +162,9 @@ class Attachment:
                 "Call model.eval() first."
             )
         refuse_gradients(model.parameters())
-        owner = cache.owner() if cache.owner is not None else None
+        owner = cache.owner()
         if owner is None:
-            cache.owner = self._model
+            cache.owner = Owner(model)
         elif owner is not model:
             raise CacheStateError(
                 f"this cache belongs to another model ({type(owner).__name__}). "
@@ -179,17 +182,29 @@ class Attachment:
         generation = kwargs.get("generation_config") or second or model.generation_config
         chosen = kwargs.get("cache_implementation") or generation.cache_implementation
         use_cache = kwargs.get("use_cache", generation.use_cache)
-        if kwargs.get("past_key_values") is None and chosen is None and use_cache is not False:
-            kwargs["past_key_values"] = self._cache_for(model, generation, args, kwargs)
-        if isinstance(kwargs.get("past_key_values"), SphericalCache):
-            kwargs.setdefault("disable_compile", True)  # forward() compiles by itself
-        out = self._generate(*args, **kwargs)
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, SphericalCache):
-            cache.raise_flags()
-        return out
+        own = kwargs.get("past_key_values") is None and chosen is None and use_cache is not False
+        # A generate() of another thread, or inside of this one, has the kept cache: this one gets
+        # a cache that is not kept.
+        keeps = own and self._busy.acquire(blocking=False)
+        try:
+            if own:
+                cache = self._cache_for(model, generation, args, kwargs, keeps)
+                kwargs["past_key_values"] = cache
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, SphericalCache):
+                kwargs.setdefault("disable_compile", True)  # forward() compiles by itself
+            out = self._generate(*args, **kwargs)
+            if isinstance(cache, SphericalCache):
+                cache.raise_flags()
+            return out
+        finally:
+            if keeps:
+                self._busy.release()
 
-    def _cache_for(self, model: Any, generation: Any, args: tuple, kwargs: dict) -> SphericalCache:
+    def _cache_for(
+        self, model: Any, generation: Any, args: tuple, kwargs: dict, keeps: bool
+    ) -> SphericalCache:
+        """A cache that fits a call: the last one if it does, where ``keeps`` lets it be kept."""
         def setting(name: str) -> Any:
             return kwargs.get(name, getattr(generation, name, None))
 
@@ -211,6 +226,8 @@ class Attachment:
         total = length + new if new is not None else max(setting("max_length") or 0, length + 20)
         rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         total = -(-total // LENGTH_STEP) * LENGTH_STEP
+        if not keeps:
+            return SphericalCache(model.config, total, self.config)
         old, returned = self._cache, setting("return_dict_in_generate")
         if old is not None and not returned and _same(old, total, rows, model):
             old.reset()

@@ -116,16 +116,16 @@ def _attention(
 ) -> tuple[Tensor, list[Tensor]]:
     """Outputs [B, h, G, S, D] of some heads' queries, and the scores of each part."""
     weights, counted = _weights(rows, parts, queries, layout)
-    out = torch.cat(weights, -1) @ torch.cat([part.v.float() for part in parts], 2)[:, :, None]
-    pairs = zip(weights, counted, strict=True)
+    out = weights @ _joined([part.v.float() for part in parts], 2)[:, :, None]
+    pairs = zip(weights.split([x.shape[-1] for x in counted], -1), counted, strict=True)
     return out, [_score(observe, a, c, prompt) for a, c in pairs]
 
 
 def _weights(
     rows: Tensor, parts: list[_Part], queries: Queries, layout: Layout
-) -> tuple[Sequence[Tensor], list[Tensor]]:
-    """Of every part, the attention weights [B, h, G, S, n] and the pairs that count
-    [B, 1 or h, S, n]."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Attention weights [B, h, G, S, n] of all parts' tokens, one part after another, and of every
+    part the pairs that count [B, 1 or h, S, n]."""
     logits, counted = [], []
     for part in parts:
         distance = queries.i[:, None, :, None] - part.i[:, :, None]
@@ -133,10 +133,14 @@ def _weights(
         counted.append((distance >= layout.recent) & alive & (part.i >= 0)[:, :, None])
         seen = ((distance >= 0) & alive)[:, :, None]
         logits.append((rows @ part.k.float().mT[:, :, None]).masked_fill_(~seen, -torch.inf))
-    sizes = [x.shape[-1] for x in logits]
-    weights = torch.cat(logits, -1) if len(logits) > 1 else logits[0]
+    joined = _joined(logits, -1)
     del logits
-    return torch.nan_to_num(weights.softmax(-1)).split(sizes, -1), counted
+    return joined.softmax(-1).nan_to_num_(), counted
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    """``torch.cat`` that does not copy a single one."""
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _means(queries: Queries, out: Tensor, state: State) -> list[Tensor]:
@@ -258,5 +262,5 @@ def _seen(queries: Queries, prompt: Whole, some: slice, layout: Layout, scale: f
     there = (t < tokens - lead[:, None])[:, None]
     part = _Part(torch.nan_to_num(keys), keys, (t - layout.sinks).expand_as(there), there)
     rows = (queries.q.float() * scale).unflatten(1, (heads, -1))[:, some]
-    (weights,), (counted,) = _weights(rows, [part], queries, layout)
+    weights, (counted,) = _weights(rows, [part], queries, layout)
     return Seen(weights, counted[:, 0], True)

@@ -421,6 +421,53 @@ def test_threads_on_one_cache_end_and_leave_it_usable(model, ids, how: str) -> N
     after_reset(model, ids, cache, how)
 
 
+def test_threads_that_share_a_compiled_model_do_not_disturb_each_other(eager_inner) -> None:
+    model = skv.compile(tiny("llama"), **HOW["grid"])
+    prompts = [padded_batch(1, width)[0] for width in (20, 33, 47)]
+    want = [generate(model, prompt) for prompt in prompts]
+
+    def work(prompt: Tensor) -> Callable[[], Any]:
+        return lambda: generate(model, prompt)
+
+    for found, expected in zip(together(*map(work, prompts)), want, strict=True):
+        assert isinstance(found, Tensor), found
+        assert torch.equal(found, expected)
+    kept = model._skv.cache
+    assert torch.equal(generate(model, prompts[0]), want[0])
+    assert model._skv.cache is kept
+
+
+def test_a_thread_is_refused_while_another_is_in_a_compiled_step(eager_inner, ids) -> None:
+    model = skv.compile(tiny("llama"), **HOW["grid"])
+    cache = cache_for(model, "grid")
+    compiled = model._skv.compiled(torch.device("cpu"))
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        inside.set()
+        go_on.wait(30)
+        return compiled(*args, **kwargs)
+
+    @torch.no_grad()
+    def forward(tokens: Tensor) -> Tensor:
+        return model(tokens, past_key_values=cache).logits
+
+    forward(ids)
+    model._skv._compiled = slow
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.append(forward(ids[:, :1])), daemon=True)
+    other.start()
+    assert inside.wait(30)
+    refused = attempt(WHERE, forward, ids[:, :1])
+    go_on.set()
+    other.join(60)
+    assert isinstance(refused, Refused)
+    assert "another thread" in refused.text
+    assert isinstance(found[0], Tensor)
+    assert cache.get_seq_length() == ids.shape[1] + 1
+    forward(ids[:, :1])  # and this thread may have it now
+
+
 # ---------------------------------------------------------------- copies
 
 
@@ -438,3 +485,14 @@ def test_a_copy_goes_on_where_the_original_was(model, ids, how: str, way: str) -
     generate(model, ids.flip(-1), cache)
     assert torch.equal(attempt(WHERE, generate, model, part, other, NEW - 5), want)
     after_reset(model, ids, cache, how)
+
+
+def test_a_cache_of_a_compiled_model_can_be_pickled(ids) -> None:
+    model = skv.compile(tiny("llama"), **HOW["grid"])
+    cache = cache_for(model, "grid")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        other = pickle.loads(attempt(WHERE, pickle.dumps, cache))
+        more = ids[:, :4]
+        want = model(more, past_key_values=cache).logits
+        assert torch.equal(model(more, past_key_values=other).logits, want)

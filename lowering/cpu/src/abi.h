@@ -20,7 +20,7 @@ struct Attend {
   const uint8_t* value_plan;
   const float *cosine, *sine;       // [blocks, D]: of the turn back by a block's start
   const int32_t* partner;           // [D]
-  const int64_t* tiers;             // [n_tiers, 10]: `Tier` in attend.cpp
+  const int64_t* tiers;             // [n_tiers, 10]: `Tier` in runs.h
   void* out;                        // [B, Hq, T, D], contiguous
   int64_t batch, heads, group, tokens, dim, dtype, frame_dtype;
   int64_t q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t;

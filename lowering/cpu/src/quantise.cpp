@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "abi.h"
+#include "arena.h"
 #include "vec.h"
 
 namespace skv {

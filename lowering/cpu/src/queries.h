@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "arena.h"
 #include "products.h"
 #include "runs.h"
 
@@ -68,7 +69,9 @@ class Queries {
   }
 
   // The queries of a group.
-  void begin(int64_t group) {
+  void begin(int64_t of) {
+    if (group == of) return;
+    group = of;
     for (int64_t r = 0; r < rows; r++) {
       const int64_t head = group % a.heads * a.group + r / a.tokens, t = r % a.tokens;
       to_floats(a.q, group / a.heads * a.q_b + head * a.q_h + t * a.q_t, dim, a.dtype, q + r * dim);
@@ -186,6 +189,7 @@ class Queries {
 
   const Attend& a;
   const Tier* tiers;
+  int64_t group = -1;
   const float* through = nullptr;  // of the block at hand [row_tiles, D, TILE]
   Transform keys;
   Plan plan;

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <new>
 
 #define SKV_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -57,20 +56,36 @@ static inline F32 as_float(I32 x) { return (F32)x; }
 
 static inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
-// The lanes of x, added up to four.
-static inline Row32 quarter(F32 x) {
-  Row32 part[LANES / 4];
+// The lanes of x, put together to four by ``join``.
+template <typename Four, typename V, typename Join>
+static inline Four quarter(V x, Join join) {
+  Four part[LANES / 4];
   std::memcpy(part, &x, sizeof x);
 #pragma GCC unroll 2
   for (int n = LANES / 8; n > 0; n /= 2)
 #pragma GCC unroll 2
-    for (int i = 0; i < n; i++) part[i] += part[i + n];
+    for (int i = 0; i < n; i++) part[i] = join(part[i], part[i + n]);
   return part[0];
+}
+
+static inline Row32 quarter(F32 x) {
+  return quarter<Row32>(x, [](Row32 a, Row32 b) { return a + b; });
 }
 
 static inline float sum(F32 x) {
   const Row32 y = quarter(x);
   return (y[0] + y[2]) + (y[1] + y[3]);
+}
+
+static inline int32_t sum(I32 x) {
+  const IRow32 y = quarter<IRow32>(x, [](IRow32 a, IRow32 b) { return a + b; });
+  return (y[0] + y[2]) + (y[1] + y[3]);
+}
+
+static inline float max_of(F32 x) {
+  const Row32 y = quarter<Row32>(x, [](Row32 a, Row32 b) { return a > b ? a : b; });
+  const float even = y[0] > y[2] ? y[0] : y[2], odd = y[1] > y[3] ? y[1] : y[3];
+  return even > odd ? even : odd;
 }
 
 // The sums of four vectors.
@@ -81,22 +96,6 @@ static inline Row32 sums(F32 a, F32 b, F32 c, F32 d) {
   const Row32 yz =
       __builtin_shufflevector(y, z, 0, 4, 1, 5) + __builtin_shufflevector(y, z, 2, 6, 3, 7);
   return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
-}
-
-static inline int64_t sum(I32 x) {
-  int32_t lanes[LANES];
-  int64_t total = 0;
-  store(lanes, x);
-  for (int i = 0; i < LANES; i++) total += lanes[i];
-  return total;
-}
-
-static inline float max_of(F32 x) {
-  float lanes[LANES];
-  store(lanes, x);
-  for (int n = LANES / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
-  return lanes[0];
 }
 
 // acc + lo(a) * lo(b) + hi(a) * hi(b) of signed 16-bit halves; ``a`` holds digits, which are small.
@@ -244,21 +243,5 @@ static inline void transpose(const void* from, int64_t from_row, int64_t m, int6
     i += 4;
   }
 }
-
-// Memory for a loop's working set, aligned for vectors and never smaller than a vector.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(size_t n)
-      : data_((T*)::operator new(4 * LANES + n * sizeof(T), std::align_val_t(64))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator T*() { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-
- private:
-  T* data_;
-};
 
 }  // namespace skv

@@ -48,7 +48,8 @@ class Seen:
         Of a prompt on a GPU only sums and the largest weight are at hand; a policy that asks for
         ``weights`` has them made, some heads at once.
         """
-        return (self.weights**power * self.counted[:, None, None]).sum((2, 3))
+        weights = self.weights if power == 1 else self.weights**power
+        return (weights.sum(2) * self.counted[:, None]).sum(2)
 
     def average(self, power: int = 1) -> Tensor:
         """:meth:`total` over the number of weights that count: [B, H, n]."""
@@ -61,13 +62,13 @@ class Seen:
     def mean(self, x: Tensor) -> Tensor:
         """Mean of x [B, H, G, S, n] over the group and the queries that count: [B, H, n]."""
         queries = self.counts.clamp(min=1)[:, None]
-        return (x * self.counted[:, None, None]).sum((2, 3)) / (queries * x.shape[2])
+        return (x.sum(2) * self.counted[:, None]).sum(2) / (queries * x.shape[2])
 
     def largest(self, x: Tensor) -> Tensor:
         """Largest x [B, H, G, S, n] >= 0 over the group and the queries that count: [B, H, n]."""
         if 0 in x.shape[2:4]:
             return x.new_zeros(*x.shape[:2], x.shape[4])
-        return (x * self.counted[:, None, None]).amax((2, 3))
+        return (x.amax(2) * self.counted[:, None]).amax(2)
 
 
 @dataclass(frozen=True)
