@@ -287,13 +287,22 @@ def _head_dim(config: Any) -> int | None:
     return head_dim if isinstance(head_dim, int) else None
 
 
-def check_frames(saved: SavedFrames, model_config: Any) -> None:
-    """Refuse a model that saved frames do not fit, as far as its config says."""
+def refuse_several_shapes(model_config: Any) -> None:
+    """Refuse a model whose layers are unlike one another: saved frames have one identity for all.
+
+    Raises:
+        UnsupportedError: it is one.
+    """
     if getattr(model_config.get_text_config(decoder=True), "is_heterogeneous", False):
         raise UnsupportedError(
             f"{type(model_config).__name__} has layers of several shapes, which saved frames are "
-            "not made for. Leave out frame=."
+            "not made for. Leave out frame=: frames are then fitted to every prompt."
         )
+
+
+def check_frames(saved: SavedFrames, model_config: Any) -> None:
+    """Refuse a model that saved frames do not fit, as far as its config says."""
+    refuse_several_shapes(model_config)
     saved.check_config(model_config)
 
 

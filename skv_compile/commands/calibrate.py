@@ -168,9 +168,10 @@ class Calibration:
         self, model: Any, sequences: list[list[int]], configs: list[Config], every_tier: bool
     ) -> None:
         from skv_compile.cache.layer import SphericalLayer
-        from skv_compile.cache.spherical import SphericalCache
+        from skv_compile.cache.spherical import SphericalCache, refuse_several_shapes
         from skv_compile.codec.rotary import rotary_plan
 
+        refuse_several_shapes(model.config)
         self.model, self.sequences = model, sequences
         self.longest = max(map(len, sequences))
         exact = configs[0].replace(codec="identity", bits=64.0)

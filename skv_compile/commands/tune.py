@@ -59,12 +59,13 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     with screen.step("Config of the model") as update:
         model = _config(args.model, update)
     cache = skv.SphericalCache(model, args.tokens, config)  # refuses what it cannot be
-    heads, dim = _shape(model)
+    own = _layer_config(cache)
+    heads, dim = _shape(own)
     with screen.step("Tuning") as update:
         found = tune.tune(
             config,
             heads,
-            group_of(model),
+            group_of(own),
             dim,
             dtype,
             args.tokens,
@@ -90,6 +91,21 @@ def _config(name: str, report: Any) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise models.ModelError(f"could not read the config of {name}: {first}") from error
+
+
+def _layer_config(cache: Any) -> Any:
+    """The config of the compressed layers, which all need the same launch."""
+    from skv_compile.cache.layer import SphericalLayer
+
+    own = [layer.model_config for layer in cache.layers if isinstance(layer, SphericalLayer)]
+    shapes = sorted({_shape(config) for config in own})
+    if len(shapes) > 1:
+        words = " and ".join(f"{heads} kv heads of dim {dim}" for heads, dim in shapes)
+        raise common.UsageError(
+            f"the compressed layers of this model have several shapes ({words}), and skv tune "
+            "measures one. The built-in launches serve them untuned."
+        )
+    return own[0]
 
 
 def _shape(model: Any) -> tuple[int, int]:
