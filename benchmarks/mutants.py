@@ -75,7 +75,7 @@ MUTANTS = (
     Mutant("a cache that is too full", "lowering/reference/intake.py", "bad_room = start + tokens > layout.max_tokens", "bad_room = start + tokens > layout.max_tokens + 1", "tests/property/test_reference_errors.py tests/integration/test_errors.py"),
     Mutant("a turn the other way", "lowering/reference/pages.py", "way * block_start(i, layout)", "abs(way) * block_start(i, layout)", f"{REFERENCE} {FRAME}"),
     Mutant("gaps that begin one late", "lowering/reference/pages.py", "return base + gap.long().cumsum(-1), live", "return base + 1 + gap.long().cumsum(-1), live", POOL),
-    Mutant("digits packed backwards", "lowering/codes.py", "return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6", "return quads[..., 3] | quads[..., 2] << 2 | quads[..., 1] << 4 | quads[..., 0] << 6", f"{FRAME} {KERNELS} -k 'not compile'"),
+    Mutant("digits packed backwards", "lowering/codes.py", "return quads[..., 0] | quads[..., 1] << 2 | quads[..., 2] << 4 | quads[..., 3] << 6", "return quads[..., 3] | quads[..., 2] << 2 | quads[..., 1] << 4 | quads[..., 0] << 6", "tests/unit/test_layout.py"),
     Mutant("a frame that forgets its centre", "lowering/codes.py", "return torch.cat([self.spread(back[:, :-1].mT).mT, back[:, -1:]], 1)", "return torch.cat([self.spread(back[:, :-1].mT).mT, 0 * back[:, -1:]], 1)", f"{FRAME} {REFERENCE}"),
     Mutant("the scale of a site lost", "skv_compile/rewrite.py", "scale = layout.head_dim**-0.5 if site.scale is None else site.scale", "scale = layout.head_dim**-0.5", f"{PROGRAMS} -k every_scale"),
     Mutant("is_causal lost in the rewrite", "skv_compile/rewrite.py", "                site.is_causal,\n", "                False,\n", f"{PROGRAMS} -k every_attention"),

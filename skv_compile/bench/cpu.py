@@ -38,6 +38,8 @@ ROUNDS = {"attend": 30, "step": 40, "prefill": 5}
 CACHES = 2  # of a shape, in turn, so that one call does not leave its data to the next
 DENSE = "HF static"
 
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
 Run = Callable[[], Any]
 
 
@@ -80,7 +82,7 @@ def _dense(heads: int, group: int, dim: int, tokens: int) -> dict[str, list[Run]
     """SDPA as it is called for grouped queries, and with the queries of a kv head as the rows of
     one: PyTorch's CPU kernel then reads a key once for all of them."""
     runs: dict[str, list[Run]] = {}
-    for dtype, word in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for dtype, word in DTYPES.items():
         grouped: list[Run] = []
         folded: list[Run] = []
         for _ in range(CACHES):
@@ -94,17 +96,19 @@ def _dense(heads: int, group: int, dim: int, tokens: int) -> dict[str, list[Run]
     return runs
 
 
-def _ours(settings: dict[str, Any], heads: int, group: int, dim: int, tokens: int) -> list[Run]:
+def _ours(
+    settings: dict[str, Any], dtype: torch.dtype, heads: int, group: int, dim: int, tokens: int
+) -> list[Run]:
     plan = half_split_plan(5e5 ** -(torch.arange(dim // 2) * 2 / dim), dim)
     position = torch.tensor([tokens])
     runs: list[Run] = []
     for _ in range(CACHES):
-        shape = (1, heads, dim, tokens + SLACK, torch.float32, torch.device("cpu"))
+        shape = (1, heads, dim, tokens + SLACK, dtype, torch.device("cpu"))
         state = LayerState(Config(**settings), *shape, turn=plan, group=group)
         fill([state], tokens)
         state.keeper.tick(1)
-        q = torch.randn(1, heads * group, 1, dim)
-        k, v = (torch.randn(1, heads, 1, dim) for _ in range(2))
+        q = torch.randn(1, heads * group, 1, dim, dtype=dtype)
+        k, v = (torch.randn(1, heads, 1, dim, dtype=dtype) for _ in range(2))
         rest = (*state.tensors, False, dim**-0.5, state.layout.key)
         runs.append(partial(ops.attend, q, k, v, None, position, *rest))
     return runs
@@ -114,7 +118,11 @@ def attend(shape: tuple[int, int, int, int]) -> list[dict[str, Any]]:
     """Lines of one attention of ``ATTEND``."""
     runs = _dense(*shape)
     dense = list(runs)
-    runs |= {name: _ours(settings, *shape) for name, settings in OURS.items()}
+    runs |= {
+        f"{name}, {word}": _ours(settings, dtype, *shape)
+        for name, settings in OURS.items()
+        for dtype, word in DTYPES.items()
+    }
     keys = ("kv_heads", "group", "head_dim", "tokens")
     with torch.no_grad():
         found = measure(runs, ROUNDS["attend"])
@@ -164,7 +172,8 @@ def step(loaded: Any) -> list[dict[str, Any]]:
     """
     runs: dict[str, list[Run]] = {}
     caches = {DENSE: _static(loaded, CONTEXT, True)}
-    caches |= {name: _spherical(loaded, kw, CONTEXT, True) for name, kw in STEP.items()}
+    word = DTYPES[loaded.dtype]
+    caches |= {f"{n}, {word}": _spherical(loaded, kw, CONTEXT, True) for n, kw in STEP.items()}
     ids = torch.randint(0, 1000, (1, 1))
     for name, cache in caches.items():
         backend = "inductor" if name == DENSE else "skv"
@@ -205,7 +214,8 @@ def prefill(loaded: Any) -> list[dict[str, Any]]:
 
     runs: dict[str, list[Run]] = {DENSE: [lambda: prompt(loaded, _static(loaded, PROMPT, False))]}
     for name, settings in STEP.items():
-        runs[name] = [partial(_coded_prompt, prompt, ours, settings)]
+        run = partial(_coded_prompt, prompt, ours, settings)
+        runs[f"{name}, {DTYPES[loaded.dtype]}"] = [run]
     with torch.no_grad():
         found = measure(runs, ROUNDS["prefill"])
     made = lines(found, [DENSE], tokens=PROMPT)

@@ -81,6 +81,7 @@ def test_sliding_layers_cost_no_more_graphs_than_in_a_dense_static_cache() -> No
     assert count(decode_step(model), lambda: cache_for(model)) <= dense
 
 
+@pytest.mark.slow
 def test_another_length_or_codec_is_another_graph_and_right() -> None:
     model = tiny("llama")
     ids, mask = padded_batch(3)

@@ -96,7 +96,8 @@ def test_a_salt_changes_with_our_source(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    "backend",
+    ["eager", *(pytest.param(x, marks=pytest.mark.slow) for x in ("aot_eager", "inductor"))],
 )
 def test_a_spherical_cache_under_another_backend_is_right_or_says_why(backend: str) -> None:
     model = tiny("llama")
@@ -109,7 +110,7 @@ def test_a_spherical_cache_under_another_backend_is_right_or_says_why(backend: s
         assert max_error(got[1], want[1]) < NATIVE
 
 
-@pytest.mark.parametrize("codec", ["identity", "grid"])
+@pytest.mark.parametrize("codec", [pytest.param("identity", marks=pytest.mark.slow), "grid"])
 def test_a_cache_may_change_between_backends(codec: str) -> None:
     model = tiny("llama")
     ids, mask = padded_batch(2)

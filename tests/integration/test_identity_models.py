@@ -41,10 +41,6 @@ def assert_equal(got, want) -> None:
     assert max_error(got[1], want[1]) < TOLERANCE
 
 
-#: Models whose attention differs in kind: the others compile in slow runs only.
-SOON = ("gemma3",)
-
-
 def _cases() -> list:
     """Every door, model and batch; those that differ in nothing that matters only in slow runs."""
     cases = []
@@ -52,8 +48,8 @@ def _cases() -> list:
         for name in MODELS:
             for batch in (1, 3):
                 compiled = door in ("backend_name", "model_compile")
-                soon = name == "llama" or (door == "backend_name" and name in SOON)
-                marks = [pytest.mark.slow] if compiled and not (soon and batch == 3) else []
+                soon = name == "llama" and batch == 3
+                marks = [pytest.mark.slow] if compiled and not soon else []
                 cases.append(pytest.param(door, name, batch, marks=marks))
     return cases
 

@@ -23,8 +23,6 @@ BOUNDS = {
     ("frame", 4.125): 0.0013,
     ("frame", 2.125): 0.012,
 }
-SOON = [("frame", 2.125)]
-CASES = [pytest.param(*case, marks=() if case in SOON else pytest.mark.slow) for case in BOUNDS]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,8 @@ def exact() -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("codec", "bits"), CASES, ids=lambda x: str(x))
+@pytest.mark.slow
+@pytest.mark.parametrize(("codec", "bits"), BOUNDS, ids=lambda x: str(x))
 def test_kl_of_a_continuation_scored_through_the_cache(exact, codec: str, bits: float) -> None:
     model, ids, logits = exact
     config = skv.Config(codec=codec, bits=bits, retention="none")

@@ -53,7 +53,7 @@ def test_vectors_diagonalise_the_matrix(dim):
         torch.testing.assert_close(own.sort(descending=True)[0], wanted, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_it_compiles_without_a_gpu(capability):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, str(capability)]

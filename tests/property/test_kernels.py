@@ -196,7 +196,7 @@ for name in ("prepare", "pages", "merge"):
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_without_a_gpu(capability):
     for one in (spec(), spec(1.125, "rdr")) if capability == 90 else (spec(),):
         one = dataclasses.replace(one, chained=capability == 90)

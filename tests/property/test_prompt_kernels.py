@@ -113,6 +113,7 @@ def names(*some: str) -> list[Any]:
         "blocks of 200",
         "fp16, D=128",
         "padding",
+        "no turn",
     )
     return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in some]
 
@@ -254,7 +255,7 @@ for module, name, more in (
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_prompt_kernels_compile_without_a_gpu(capability: int) -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(

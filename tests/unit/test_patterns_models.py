@@ -137,8 +137,14 @@ def test_without_a_cache_every_attention_is_plain() -> None:
 # How full the sliding layers are, and how many tokens come: each takes another way through them.
 @pytest.mark.parametrize(
     ("past", "count"),
-    [(0, 1), (0, WINDOW), (0, WINDOW + 2), (2, WINDOW), (WINDOW, 1), (WINDOW, 3)],
-    ids=["first", "fills", "overflows", "fills-and-overflows", "full", "full-many"],
+    [
+        pytest.param(0, 1, id="first"),
+        pytest.param(0, WINDOW, id="fills"),
+        pytest.param(0, WINDOW + 2, id="overflows"),
+        pytest.param(2, WINDOW, id="fills-and-overflows", marks=pytest.mark.slow),
+        pytest.param(WINDOW, 1, id="full"),
+        pytest.param(WINDOW, 3, id="full-many", marks=pytest.mark.slow),
+    ],
 )
 def test_sliding_layers_stay_dense_and_full_ones_are_sites(past: int, count: int) -> None:
     model, cache = Gemma3ForCausalLM(GEMMA).eval(), static_cache(GEMMA, 2)
