@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .cache import phantom
 from .errors import UnsupportedError
@@ -19,7 +20,7 @@ from .patterns import Match, Refusal, Site
 def leave_out(found: Match, inputs: dict[Any, Any]) -> Match:
     """Refuse sites whose dense memory is also somebody else's. ``inputs``: of placeholders."""
     tensors = [x for x in inputs.values() if isinstance(x, Tensor) and phantom.state_of(x) is None]
-    used = Counter(_memory(x) for x in tensors)
+    used = Counter(memory for x in tensors for memory in _memories(x))
 
     def foreign(site: Site) -> bool:
         return phantom.state_of(inputs[site.key.cache]) is None and _in_hf_cache(site.key.cache)
@@ -28,7 +29,7 @@ def leave_out(found: Match, inputs: dict[Any, Any]) -> Match:
         caches = [inputs[write.cache] for write in (site.key, site.value)]
         return any(
             phantom.state_of(x) is None
-            and (used[_memory(x)] > 1 or x.untyped_storage().nbytes() > x.nbytes)
+            and (any(used[memory] > 1 for memory in _memories(x)) or x.untyped_storage().nbytes() > x.nbytes)
             for x in caches
         )
 
@@ -62,9 +63,16 @@ def _refused(found: Match, is_so: Callable[[Site], bool], code: str, reason: str
     return Match(tuple(sites), tuple(refusals), found.plain)
 
 
-def _memory(x: Tensor) -> object:
-    """What tells one piece of memory from another; fakes have none."""
-    return id(x) if isinstance(x, FakeTensor) else (x.device, x.untyped_storage().data_ptr())
+def _memories(x: Tensor) -> list[object]:
+    """What tells one piece of memory from another; fakes have none. A tensor that wraps others,
+    such as a part of a weight under tensor parallelism, has theirs."""
+    if isinstance(x, FakeTensor):
+        return [id(x)]
+    if is_traceable_wrapper_subclass(x):
+        names, _ = x.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = (getattr(x, name) for name in names)
+        return [memory for part in parts if isinstance(part, Tensor) for memory in _memories(part)]
+    return [(x.device, x.untyped_storage().data_ptr())]
 
 
 def _without_first_forward(found: Match, inputs: dict[Any, Any]) -> Match:
