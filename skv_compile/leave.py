@@ -29,7 +29,10 @@ def leave_out(found: Match, inputs: dict[Any, Any]) -> Match:
         caches = [inputs[write.cache] for write in (site.key, site.value)]
         return any(
             phantom.state_of(x) is None
-            and (any(used[memory] > 1 for memory in _memories(x)) or x.untyped_storage().nbytes() > x.nbytes)
+            and (
+                any(used[memory] > 1 for memory in _memories(x))
+                or x.untyped_storage().nbytes() > x.nbytes
+            )
             for x in caches
         )
 
@@ -69,7 +72,7 @@ def _memories(x: Tensor) -> list[object]:
     if isinstance(x, FakeTensor):
         return [id(x)]
     if is_traceable_wrapper_subclass(x):
-        names, _ = x.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = x.__tensor_flatten__()
         parts = (getattr(x, name) for name in names)
         return [memory for part in parts if isinstance(part, Tensor) for memory in _memories(part)]
     return [(x.device, x.untyped_storage().data_ptr())]

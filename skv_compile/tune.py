@@ -291,7 +291,7 @@ def shares_of(state: LayerState, tokens: int) -> list[float]:
         return [1.0]
     tiers = len(layout.tiers)
     shares = [0.0] * tiers
-    for tier, share in zip((0, tiers // 2, tiers - 1), SHARES, strict=True):
+    for tier, share in zip((0, tiers // 2, tiers - 1), SHARES[3][1.125], strict=True):
         shares[tier] += share
     # Every head has a page begun in every tier.
     pages = ROOM * (pool.pages / (state.batch * state.heads) - tiers)

@@ -119,15 +119,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, number: Tensor, prompt: Prompt) 
     for some in torch.arange(len(number)).chunk(QUERY_CHUNKS):
         n = slice(int(some[0]), int(some[-1]) + 1)
         end = int(number[some[-1]]) + 1
-        seen = (x[:, :, :end] for x in (k, v))
-        w, square = _pairs(q[:, :, :, n], *seen, number[n], prompt)
+        w, square = _pairs(q[:, :, :, n], k[:, :, :end], v[:, :, :end], number[n], prompt)
         mass.append(block_mass(w, layout))
         weight[..., :end] += w.sum((2, 3))
         total[..., :end] += square.sum((2, 3))
     blocks = mass[-1].shape[-1]
     every = torch.cat([F.pad(x, (0, blocks - x.shape[-1])) for x in mass], 3)
-    flat = (x.transpose(0, 1).flatten(1) for x in (weight, total))
-    return Attention(*flat, query_moment(q, every, prompt.plan, layout))
+    moment = query_moment(q, every, prompt.plan, layout)
+    return Attention(_rows(weight), _rows(total), moment)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, T] -> [H, B * T]."""
+    return x.transpose(0, 1).flatten(1)
 
 
 def _pairs(

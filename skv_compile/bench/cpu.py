@@ -32,6 +32,8 @@ OURS: dict[str, dict[str, Any]] = {
     "rdr 1.125": {"bits": 1.125},
 }
 STEP = {name: OURS[name] for name in ("uniform 2.125", "rdr 1.125")}
+STEP |= {f"rdr {bits}": {"bits": bits} for bits in (2.125, 3.125)}
+PREFILL = ("uniform 2.125", "rdr 1.125")
 CONTEXT, PROMPT = 4096, 2048
 SLACK = 256  # tokens that a cache is larger than its context
 ROUNDS = {"attend": 30, "step": 40, "prefill": 5}
@@ -213,7 +215,8 @@ def prefill(loaded: Any) -> list[dict[str, Any]]:
         model(ids, past_key_values=cache, logits_to_keep=1)
 
     runs: dict[str, list[Run]] = {DENSE: [lambda: prompt(loaded, _static(loaded, PROMPT, False))]}
-    for name, settings in STEP.items():
+    for name in PREFILL:
+        settings = STEP[name]
         run = partial(_coded_prompt, prompt, ours, settings)
         runs[f"{name}, {DTYPES[loaded.dtype]}"] = [run]
     with torch.no_grad():

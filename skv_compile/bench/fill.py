@@ -10,17 +10,24 @@ from ..cache.state import LayerState
 from ..lowering.state import CODED, LENGTH
 from ..retention.tokens import Content, Tokens
 
-#: Of all coded tokens, the share in each tier, and dropped: what rdr made of six documents at
-#: 1.125 bits (benchmarks/results/retention.json), tiers between the coarsest, the middle and the
-#: finest counted with their neighbours.
-SHARES = (0.475, 0.15, 0.04)
+#: Of all coded tokens, the share in each tier, the rest dropped, by the number of tiers and the
+#: bits: what rdr made of six documents at head dim 64 (benchmarks/results/retention.json), where
+#: there are five tiers, and of as many bits in three.
+SHARES: dict[int, dict[float, tuple[float, ...]]] = {
+    5: {
+        1.125: (0.42, 0.059, 0.088, 0.048, 0.029),
+        2.125: (0.384, 0.115, 0.178, 0.121, 0.143),
+        3.125: (0.133, 0.092, 0.191, 0.223, 0.353),
+    },
+    3: {1.125: (0.475, 0.15, 0.04), 2.125: (0.46, 0.32, 0.175), 3.125: (0.17, 0.4, 0.43)},
+}
 
 
-def fill(states: Sequence[LayerState], tokens: int, shares: Sequence[float] = SHARES) -> None:
+def fill(states: Sequence[LayerState], tokens: int, shares: Sequence[float] | None = None) -> None:
     """Let layers of one pool hold ``tokens`` random tokens a row.
 
-    ``shares``: of the coded tokens, in each tier where pages are tracked; the rest is dropped.
-    More than the pool holds raises CacheStateError.
+    ``shares``: of the coded tokens, in each tier where pages are tracked; the rest is dropped. By
+    default those of ``SHARES``. More than the pool holds raises CacheStateError.
     """
     pool, layout = states[0].keeper.pool, states[0].layout
     device = pool.device
@@ -40,6 +47,8 @@ def fill(states: Sequence[LayerState], tokens: int, shares: Sequence[float] = SH
             if name.endswith("radius"):
                 pool.memory[:, field.slice] = _bytes(pool.pages, field.size, device, True)
         return
+    if shares is None:
+        shares = SHARES[len(layout.tiers)][states[0].config.bits]
     groups = pool.layers * pool.batch * pool.heads
     edges = torch.tensor(list(shares), device=device).cumsum(0)
     found: list[list[Tokens]] = [[] for _ in layout.tiers]

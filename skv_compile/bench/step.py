@@ -20,7 +20,7 @@ STRIDE = 256  # steps between two decisions about all tokens, or a multiple of t
 SLACK = 1024  # tokens that a cache is larger than its context
 OURS: dict[str, dict[str, Any]] = {
     "uniform 2.0625": {"bits": 2.125, "retention": "none"},
-    "rdr 1.125": {"bits": 1.125},
+    **{f"rdr {bits}": {"bits": bits} for bits in (1.125, 2.125, 3.125)},
 }
 DENSE = "HF static"
 

@@ -188,8 +188,7 @@ class Attachment:
         keeps = own and self._busy.acquire(blocking=False)
         try:
             if own:
-                cache = self._cache_for(model, generation, args, kwargs, keeps)
-                kwargs["past_key_values"] = cache
+                kwargs["past_key_values"] = self._cache_for(model, generation, args, kwargs, keeps)
             cache = kwargs.get("past_key_values")
             if isinstance(cache, SphericalCache):
                 kwargs.setdefault("disable_compile", True)  # forward() compiles by itself
@@ -205,6 +204,7 @@ class Attachment:
         self, model: Any, generation: Any, args: tuple, kwargs: dict, keeps: bool
     ) -> SphericalCache:
         """A cache that fits a call: the last one if it does, where ``keeps`` lets it be kept."""
+
         def setting(name: str) -> Any:
             return kwargs.get(name, getattr(generation, name, None))
 
