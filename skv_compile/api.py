@@ -90,6 +90,7 @@ def explain(
     *args: Any,
     config: Config | None = None,
     dump: str | os.PathLike[str] | None = None,
+    max_cache_len: int | None = None,
     **kwargs: Any,
 ) -> Report:
     """Run ``model(*args, **kwargs)`` once and report every attention: rewritten, or why not.
@@ -101,13 +102,16 @@ def explain(
     Args:
         config: of the cache; by default what ``skv.compile`` was given.
         dump: a folder for files about every graph, as in :func:`compile`.
+        max_cache_len: tokens of the cache that a transformers model gets, which its bytes are
+            counted for. By default those of the input, sinks and window.
 
     Returns:
         A :class:`Report`: ``.sites`` (``.rewritten``, ``.reason``, ``.where``, ``.kernel``),
         ``str()``, ``.to_json()``, ``.to_html()``.
 
     Raises:
-        ConfigError: there is no input, or ``dump`` cannot be written.
+        ConfigError: there is no input, ``dump`` cannot be written, or the cache has a length
+            already and ``max_cache_len`` asks for one.
         SkvError: the model is refused as a whole, not one of its attentions.
     """
     attachment = getattr(model, "_skv", None)
@@ -115,8 +119,15 @@ def explain(
     forward = attachment._forward if attachment is not None else model
     options = {"inner": "eager", "dump": dump}
     backend = SkvBackend(config=settings.replace(strict=False), options=options)
-    if hf.is_hf_model(model) and kwargs.get("past_key_values") is None:
-        kwargs = {**kwargs, "past_key_values": _cache_like(forward, model, settings, args, kwargs)}
+    own = hf.is_hf_model(model) and kwargs.get("past_key_values") is None
+    if max_cache_len is not None and not own:
+        raise ConfigError(
+            f"max_cache_len={max_cache_len!r}: it is for a transformers model that is given no "
+            "cache; here the cache has a length already. Leave it out."
+        )
+    if own:
+        made = _cache_like(forward, model, settings, args, kwargs, max_cache_len)
+        kwargs = {**kwargs, "past_key_values": made}
     backend.nonce = object()  # a graph compiled before would not be reported
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
     dense = [(x, x.data, x.clone()) for x in buffers if phantom.state_of(x) is None]
@@ -138,7 +149,7 @@ def explain(
 
 
 def _cache_like(
-    forward: Any, model: Any, config: Config, args: tuple, kwargs: dict
+    forward: Any, model: Any, config: Config, args: tuple, kwargs: dict, tokens: int | None
 ) -> SphericalCache:
     """An empty cache for one forward, allocated, so that the whole forward is one graph.
 
@@ -152,7 +163,9 @@ def _cache_like(
             "explain runs the model once and was given no input: skv.explain(model, input_ids)."
         )
     hf.check_model_class(model)
-    cache = SphericalCache(model.config, ids.shape[1] + config.sinks + config.recent, config)
+    if tokens is None:
+        tokens = ids.shape[1] + config.sinks + config.recent
+    cache = SphericalCache(model.config, tokens, config)
     with torch.no_grad():
         forward(*args, **{**kwargs, "past_key_values": cache})
     cache.reset()

@@ -105,11 +105,12 @@ def _row(number: int, site: SiteReport) -> str:
         rest = '<td colspan="6">the model\'s own attention and dense cache</td>'
         return f'{start}<td class="no">left dense</td><td>{why}</td>{rest}</tr>'
     rates = ", ".join(f"{name} {rate:.4g}" for name, rate in site.tiers.items())
+    tokens = f"{rates}; retention {site.retention}, {site.max_tokens:,} tokens"
     cells = (
         '<td class="yes">rewritten</td>',
         f"<td>{where}<br><small>{escape(f'written by {site.write}, gqa {site.gqa}')}</small></td>",
         f'<td class="number">{site.heads}/{site.kv_heads} of {site.head_dim}</td>',
-        f"<td>{escape(site.tier)}<br><small>{escape(f'{rates}; {site.retention}')}</small></td>",
+        f"<td>{escape(site.tier)}<br><small>{escape(tokens)}</small></td>",
         f'<td class="number">{site.bits_per_coordinate:.4g}</td>',
         f'<td class="number">{site.dense_bytes:,}</td>',
         f'<td class="number">{site.resident_bytes:,}</td>',

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HELP = "show which attention sites of a model are rewritten, and why the others are not"
 
 PREFIX = 2048
+TOKENS = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="Hugging Face id, local folder, GGUF file, or 'demo'"
     )
     common.add_cache_arguments(parser)
+    parser.add_argument(
+        "--tokens",
+        type=common.positive,
+        default=TOKENS,
+        metavar="N",
+        help=f"slots of the cache whose bytes are counted (default: {TOKENS})",
+    )
     parser.add_argument(
         "--html", metavar="FILE", help="also write the report as one self-contained HTML page"
     )
@@ -73,7 +81,7 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     model = loaded.model
     with screen.step("Tracing one decoding step"), torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        report = skv.explain(model, token, config=config, dump=args.dump)
+        report = skv.explain(model, token, config=config, dump=args.dump, max_cache_len=args.tokens)
     sites.show(report, screen)
     if args.html:
         common.write_text(args.html, report.to_html(f"skv explain {args.model}"))

@@ -35,7 +35,7 @@ def show(report: Report, screen: Screen) -> None:
             ]
             stored = [
                 f"{size(site.dense_bytes)} dense",
-                f"{size(site.resident_bytes)} now",
+                f"{size(site.resident_bytes)} now, of {site.max_tokens:,} tokens",
                 f"{site.tier} at {site.bits_per_coordinate:.4g} bits",
                 f"retention {site.retention}",
             ]

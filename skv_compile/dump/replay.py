@@ -27,6 +27,9 @@ from ..patterns import match
 from ..report import Report, listening
 from ..retention.keeper import Keeper
 
+#: Batch, kv heads, head dim, tokens, dtype and device of a layer's cache.
+_Shape = tuple[int, int, int, int, torch.dtype, torch.device]
+
 
 class Inner:
     """A graph inside of a graph; ``node`` is what stands for it outside, when it is done."""
@@ -54,7 +57,7 @@ class Replay:
         self._shares: list[Tensor | None] = []  # the memory that it has a part of
         self._phantoms: set[Node] = set()
         self._states: dict[Keeper, list[LayerState]] = {}
-        self._saved: dict[Keeper, tuple[Config, tuple, int]] = {}
+        self._made_of: dict[Keeper, tuple[Config, _Shape, int]] = {}
         self._trace: str | None = None
         self._moved: set[str] = set()
 
@@ -157,13 +160,13 @@ class Replay:
         head dim and tokens; the rest as for ``make_keeper``."""
         config, where = Config(**settings), self.device(device)
         keeper = make_keeper(config, layers, *shape, dtype, where, group, budget, turned)
-        self._saved[keeper] = (config, (*shape, dtype, where), group)
+        self._made_of[keeper] = (config, (*shape, dtype, where), group)
         self._states[keeper] = []
         return keeper
 
     def state(self, keeper: Keeper, index: int, adopted: bool = False) -> LayerState:
         """A layer of a pool, by its number."""
-        config, shape, group = self._saved[keeper]
+        config, shape, group = self._made_of[keeper]
         dim, where = shape[2], shape[-1]
         # Plans and frames have sizes only: nothing is computed with them.
         turn = torch.zeros(2, dim, device=where) if keeper.layout.block else None
@@ -267,31 +270,29 @@ class Replay:
             for node, fake, real, shares in rows
         ]
 
-    def report(self) -> Report:
-        """Run the pass.
-
-        Raises:
-            SkvError: what the pass raised, with the report so far as its ``report``.
-        """
+    def report(self) -> tuple[Report, SkvError | None]:
+        """Run the pass: what became of the attentions, and what was raised after that."""
         gm = self.module()
         inputs = self.inputs(gm)
         backend = SkvBackend(config=self._config, options={"inner": "eager"})
-        with listening() as graphs, torch.set_grad_enabled(self._grad):
+        refused: SkvError | None = None
+        with (
+            listening() as graphs,
+            torch.set_grad_enabled(self._grad),
+            tracing(TracingContext(self._mode)),
+        ):
             try:
-                with tracing(TracingContext(self._mode)):
-                    backend(gm, inputs)
+                backend(gm, inputs)
             except SkvError as error:
-                error.report = Report(tuple(graphs))
-                raise
-        return Report(tuple(graphs))
+                refused = error
+        return Report(tuple(graphs)), refused
 
     def main(self) -> int:
         """Run the pass and print its report; the exit code."""
-        try:
-            print(self.report())
-        except SkvError as error:
-            print(error.report)
-            print(f"error: {error}", file=sys.stderr)
+        report, refused = self.report()
+        print(report)
+        if refused is not None:
+            print(f"error: {refused}", file=sys.stderr)
             return 2
         return 0
 

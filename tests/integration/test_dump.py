@@ -22,6 +22,8 @@ from support import (
     cached_attention,
     padded_batch,
     plain_greedy,
+    prompt,
+    symbolic,
     tiny,
 )
 from torch._dynamo.utils import counters
@@ -51,10 +53,8 @@ def again(script: Path) -> str:
     return said.getvalue().rstrip("\n")
 
 
-def compiled(model, folder: Path, **settings):
-    return torch.compile(
-        model, backend="skv", options={**EAGER, **SMALL, "dump": str(folder), **settings}
-    )
+def compiled(model, folder: Path):
+    return torch.compile(model, backend="skv", options={**EAGER, **SMALL, "dump": str(folder)})
 
 
 # ---------------------------------------------------------------- files
@@ -64,15 +64,15 @@ def test_every_graph_leaves_four_files_and_numbers_continue(tmp_path: Path) -> N
     step = compiled(PlainModel(), tmp_path)
     with torch.no_grad():
         step(torch.zeros(1, 10, dtype=torch.int64), torch.arange(10))
-    kinds = ("after.py", "before.py", "repro.py", "report.json")
+    kinds = ("after.py", "before.py", "report.json", "repro.py")
     assert files(tmp_path) == [f"000_{kind}" for kind in kinds]
     before, after = ((tmp_path / f"000_{x}.py").read_text() for x in ("before", "after"))
     assert before.startswith("# Graph 000 as Dynamo gave it")
-    assert before.count("scaled_dot_product_attention(") == 2
+    assert before.count("_nn.scaled_dot_product_attention(") == 2
     assert "skv.attend" not in before
     assert "support.py" in before  # source lines
     assert after.count("torch.ops.skv.attend.default(") == 2
-    assert "scaled_dot_product_attention(" not in after
+    assert "_nn.scaled_dot_product_attention(" not in after
     for text in (before, after):
         compile(text, "graph", "exec")
     found = json.loads((tmp_path / "000_report.json").read_text())
@@ -246,21 +246,16 @@ def test_the_repro_of_a_model_prints_the_same_report(name: str, look, tmp_path: 
     assert again(tmp_path / "000_repro.py") == str(report)
 
 
-def seen(folder: Path, model, *inputs, dynamic: bool | None = None, **settings) -> str:
+def seen(folder: Path, model, *inputs) -> str:
     """The report of one forward, as the backend gave it."""
-    step = torch.compile(
-        model,
-        backend="skv",
-        options={**EAGER, **SMALL, "dump": str(folder), **settings},
-        dynamic=dynamic,
-    )
+    step = compiled(model, folder)
     with listening() as graphs, torch.no_grad():
         step(*inputs)
     return str(Report(tuple(graphs)))
 
 
 def test_the_repro_keeps_symbolic_sizes(tmp_path: Path) -> None:
-    want = seen(tmp_path, cached_attention, *attention_inputs(5), dynamic=True)
+    want = seen(tmp_path, prompt, symbolic(5), *attention_inputs()[3:5])
     assert "(of 5 tokens" in want
     assert again(tmp_path / "000_repro.py") == want
 

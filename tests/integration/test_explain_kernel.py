@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import SMALL, attention_inputs, cached_attention, tiny
+from support import SMALL, attention_inputs, cached_attention, prompt, symbolic, tiny
 
 import skv_compile as skv
 from skv_compile.lowering import choice, kernels, ops
@@ -29,13 +29,12 @@ def native(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def run(*forwards, dynamic: bool | None = None, **settings) -> list[SiteReport]:
+def run(*forwards, **settings) -> list[SiteReport]:
     """Forwards on one dense cache, compiled; the report of each graph's only site."""
     step = torch.compile(
         cached_attention,
         backend="skv",
         options={"inner": "eager", "codec": "grid", **SMALL, **settings},
-        dynamic=dynamic,
     )
     keys, values = forwards[0][3:5]
     with listening() as graphs, torch.no_grad():
@@ -116,10 +115,16 @@ def test_without_a_compiler_the_reason_is_what_failed(
 
 @needs_library
 def test_a_symbolic_length_is_named_and_stays_symbolic() -> None:
-    forwards = [attention_inputs(tokens, 0) for tokens in (3, 9, 12)]
-    sites = run(*forwards, dynamic=True)
-    assert len(sites) == 1  # asking added no guard
-    assert "(of 3 tokens; chosen anew for every length)" in sites[0].kernel_reason
+    step = torch.compile(prompt, backend="skv", options={"inner": "eager", **SMALL})
+    keys, values = attention_inputs()[3:5]
+    with listening() as graphs, torch.no_grad():
+        for tokens in (3, 9, 12):
+            step(symbolic(tokens), keys, values)
+    kernels_named = [graph.sites[0].kernel_reason for graph in graphs]
+    assert "(of 3 tokens; chosen anew for every length)" in kernels_named[0]
+    # Asking added no guard: the graph serves all lengths. Another one knows that the buffers have
+    # become phantoms.
+    assert len(graphs) == 2
 
 
 def test_on_a_gpu_the_words_are_those_of_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +151,16 @@ def test_on_a_gpu_the_words_are_those_of_its_kernels(monkeypatch: pytest.MonkeyP
     assert (
         choice.refusal(form, OnGpu(1, 4, 2, 16), k, None, 4, False, lambda: True) is kernels.FIRST
     )
+
+
+def test_explain_counts_the_bytes_of_the_length_that_is_asked_for() -> None:
+    token = torch.zeros(1, 1, dtype=torch.long)
+    report = skv.explain(tiny("llama"), token, max_cache_len=2048)
+    assert {site.max_tokens for site in report.sites} == {2048}
+    assert report.dense_bytes == 2 * 2 * 2 * 2048 * 16 * 4  # layers, sides, heads, tokens, dim
+    assert report.resident_bytes < report.dense_bytes / 3
+    with pytest.raises(skv.ConfigError, match="has a length already"):
+        skv.explain(cached_attention, *attention_inputs(), max_cache_len=2048)
 
 
 def test_explain_names_the_kernel_of_every_layer_of_a_model() -> None:

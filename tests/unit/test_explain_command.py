@@ -30,6 +30,7 @@ def test_explain_prints_a_table_a_page_and_graphs(
     assert text.startswith("<!DOCTYPE html>")
     assert text.count(">rewritten</td>") == 3
     assert len(list(graphs.glob("*_repro.py"))) == 1
+    assert {site["max_tokens"] for site in sites} == {4096}
     assert result["report"]["settings"]["retention"] == "rdr"
 
 
