@@ -9,9 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
+from torch.fx import Graph
 
 from skv_compile.commands import sites
 from skv_compile.commands.screen import Screen
+from skv_compile.patterns import Match, Refusal
 from skv_compile.report import GraphReport, Report, SiteReport
 
 DONE = SiteReport(
@@ -148,6 +150,14 @@ def test_the_tables_fit_and_say_what_is_alike_once(
         assert word in text
     assert "\x1b" not in text
     assert "3 of 4 attentions" in capsys.readouterr().out
+
+
+def test_caches_that_no_attention_reads_are_all_listed() -> None:
+    node = Graph().placeholder("keys")
+    found = tuple(Refusal(1, node, "no-attention", text, "") for text in ("one", "two"))
+    dropout = Refusal(0, node, "dropout", "three", "")
+    graph = GraphReport.of(Match((), (*found, dropout), ()), [])
+    assert [site.reason for site in graph.sites] == ["three", "one", "two"]
 
 
 def test_numbers_in_short() -> None:
