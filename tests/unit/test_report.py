@@ -37,7 +37,7 @@ DONE = SiteReport(
 )
 LEFT = SiteReport(
     rewritten=False,
-    reason="Attention dropout is 0.5 & the cache is <dense>; call model.eval().",
+    reason="Attention dropout is 0.5 [sic] & the cache is <dense>; call model.eval().",
     where="odd<script>alert(1)</script>.py:7 in step[bold]",
     code="dropout",
 )
@@ -146,7 +146,15 @@ def test_the_tables_fit_and_say_what_is_alike_once(
     assert max(map(len, lines)) <= width
     text = "".join(file.getvalue().split())
     assert text.count("k1v1..k4v4") == 1
-    for word in ("0-1,3", "native", "retentionrdr", "dropout", "step[bold]", "model.eval()."):
+    for word in (
+        "0-1,3",
+        "native",
+        "retentionrdr",
+        "dropout",
+        "step[bold]",
+        "[sic]",
+        "model.eval().",
+    ):
         assert word in text
     assert "\x1b" not in text
     assert "3 of 4 attentions" in capsys.readouterr().out
