@@ -69,12 +69,19 @@ def one_token(x: Tensor) -> bool:
     return x.shape[2] == 1 and x.dtype != torch.float64 and triton_found() and not turned_off()
 
 
-LONG = "many query rows"  # turning keys is less work then: by design, not worth a word
+class Expected(str):
+    """A reason for the reference that is no surprise, and not worth a warning."""
+
+
+LONG = Expected("many query rows: turning keys is less work than turning so many queries")
+FIRST = Expected("several tokens that begin a sequence, which read no codes")
 
 
 @cache
 def say(reason: str, instead: str = "on Triton kernels") -> None:
     """Say once that something runs on the slower reference, and not ``instead``."""
+    if isinstance(reason, Expected):
+        return
     log.warning("skv::attend runs on its PyTorch reference, not %s: %s.", instead, reason)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import kernels, reference
+from . import choice, kernels, reference
 from .cpu import kernels as cpu
 from .errors import SkvError
 from .layout import Layout
@@ -121,34 +121,32 @@ def _attend(q, k, v, mask, position, *rest) -> Tensor:
     )
 
 
+def _refusal(layout, q, k, mask, position, state, causal) -> str | None:
+    # Of several tokens, the reference says what is wrong with them and does a prompt's first.
+    heads, begins = state.queries.shape[1], lambda: int(position[0]) == 0
+    return choice.refusal(layout, q, k, mask, heads, causal, begins)
+
+
 def _attend_cuda(q, k, v, mask, position, *rest) -> Tensor:
     *tensors, causal, scale, layout_key = rest
     state, layout = State(*tensors), Layout.parse(layout_key)
-    heads = state.queries.shape[1]
-    reason = kernels.refusal(layout, q, mask, q.shape[1] // k.shape[1], heads)
-    # Of several tokens, the reference says what is wrong with them and does a prompt's first.
-    if reason is None and q.shape[2] > 1 and (causal or int(position[0]) == 0):
-        reason = kernels.LONG
+    reason = _refusal(layout, q, k, mask, position, state, causal)
     if reason is None:
         one = q.shape[2] == 1
         work = Work(state.visits, state.segments, state.first) if one else None
         with torch.cuda.device(q.device):  # Triton launches on the current one
             return kernels.attend(q, k, v, mask, position, state, scale, layout, work=work)
-    if reason != kernels.LONG:
-        kernels.say(reason)
+    kernels.say(reason)
     return reference.attend(q, k, v, mask, position, state, causal, scale, layout)
 
 
 def _attend_cpu(q, k, v, mask, position, *rest) -> Tensor:
     *tensors, causal, scale, layout_key = rest
     state, layout = State(*tensors), Layout.parse(layout_key)
-    # Of several tokens, as on a GPU.
-    if q.shape[2] == 1 or not (causal or int(position[0]) == 0):
-        reason = cpu.refusal(layout, q, mask, k.shape[1])
-        if reason is None:
-            return cpu.attend(q, k, v, mask, position, state, scale, layout)
-        if reason:
-            kernels.say(reason, "natively")
+    reason = _refusal(layout, q, k, mask, position, state, causal)
+    if reason is None:
+        return cpu.attend(q, k, v, mask, position, state, scale, layout)
+    kernels.say(reason, "natively")
     return reference.attend(q, k, v, mask, position, state, causal, scale, layout)
 
 

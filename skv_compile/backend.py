@@ -21,6 +21,7 @@ from .cache.home import make_keeper
 from .cache.journal import Journal
 from .cache.state import LayerState
 from .config import Config, make_config, nearest
+from .dump import Trail, check_folder
 from .errors import CacheStateError, ConfigError, UnsupportedError, shown
 from .leave import leave_out, refuse_phantoms
 from .lowering import ops
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: Options of the backend that are not settings of the cache.
 BACKEND_OPTIONS = {
+    "dump": "folder for what the pass did to every graph: NNN_before.py, NNN_after.py, "
+    "NNN_report.json and NNN_repro.py, which runs the pass again",
     "inductor": "dict of torch._inductor.config settings for the graphs compiled here",
     "inner": "what compiles the rewritten graph: 'inductor' (default) or 'eager'",
 }
@@ -55,7 +58,7 @@ def skv(
             ``SphericalCache`` the cache's own config counts.
 
     Raises:
-        ConfigError: an unknown option or mode.
+        ConfigError: an unknown option or mode, or a folder for ``dump`` that cannot be written.
         UnsupportedError: a gradient is required, or, with ``strict``, an attention that has a
             cache could not be rewritten.
     """
@@ -85,6 +88,9 @@ class SkvBackend:
                 f"inductor={shown(inductor)}: expected a dict of Inductor's settings, such as "
                 "{'max_autotune': True}."
             )
+        dump = extra.get("dump")
+        # No setting of the cache: no layout, signature or key of a compiled graph depends on it.
+        self.dump = None if dump is None else check_folder(dump)
         self.nonce: object = None  # set where a graph must not be shared with an equal backend
         self.inductor = {**_mode_options(mode), **inductor}
 
@@ -95,21 +101,29 @@ class SkvBackend:
         return hash((self.config, self.inner))
 
     def _key(self) -> tuple:
-        return (self.config, self.inner, self.nonce, tuple(sorted(self.inductor.items())))
+        inductor = tuple(sorted(self.inductor.items()))
+        # Dynamo would take an equal backend's graph, of which nothing would be dumped.
+        return (self.config, self.inner, self.nonce, self.dump, inductor)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        trail = Trail(self.dump)
+        trail.before(gm, example_inputs, self.config)
         found = match(gm.graph)
         nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
         inputs = dict(zip(nodes, example_inputs, strict=True))
         found = leave_out(found, inputs)
         states = _states_for(found.sites, inputs, self.config)
-        record(GraphReport.of(found, states))
+        report = GraphReport.of(found, states)
+        record(report)
+        trail.report(report, states[0].config if states else self.config)
         self._speak_of(found)
         if not found.sites:
             refuse_phantoms(found, example_inputs)
+            trail.after(gm)
             return self._compile(gm, list(example_inputs), self.config)
         refuse_gradients(example_inputs)
         done = rewrite(gm, found, states, example_inputs)
+        trail.after(done.module)
         refuse_phantoms(found, [example_inputs[n] for n in done.kept])
         inner = self._compile(done.module, done.example_inputs, states[0].config)
         columns = [nodes.index(site.key.cache) for site in found.sites]

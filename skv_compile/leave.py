@@ -100,10 +100,12 @@ def refuse_phantoms(found: Match, inputs: Sequence[Any]) -> None:
 
 def _in_hf_cache(placeholder: Node) -> bool:
     """Whether Dynamo found the tensor at ``<cache>.layers[n].keys``."""
+    name = source_name(placeholder)
+    return re.search(r"\.layers\[\d+\]\.(keys|values)$", name) is not None
+
+
+def source_name(placeholder: Node) -> str:
+    """Where Dynamo found an input, such as "L['x']"; "" where it does not say."""
     source = getattr(placeholder, "_dynamo_source", None)
-    return re.search(r"\.layers\[\d+\]\.(keys|values)$", _name(source)) is not None
-
-
-def _name(source: Any) -> str:
     name = getattr(source, "name", "")  # a method in some versions of torch, a property in others
     return name() if callable(name) else str(name)

@@ -131,7 +131,7 @@ def _replace(
     layout = state.layout
     scale = layout.head_dim**-0.5 if site.scale is None else site.scale
     with graph.inserting_before(attention):
-        mask = _mask(graph, site, new)
+        mask = merged_mask(graph, site, new)
         if site.query_order != _IN_ORDER:
             query = graph.call_method("permute", (query, site.query_order))
         position = _position(graph, site, new, key)
@@ -178,7 +178,7 @@ def _replace(
             graph.erase_node(new[node])
 
 
-def _mask(graph: Graph, site: Site, new: dict[Node, Node]) -> Node | None:
+def merged_mask(graph: Graph, site: Site, new: dict[Node, Node]) -> Node | None:
     """The site's masks as one of four axes: bool, True where a slot is seen, or additive."""
     if not site.masks:
         return None

@@ -290,6 +290,20 @@ def cached_attention(q, k, v, keys, values, input_pos, mask):
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
+def prompt(x, keys, values):
+    """The first tokens of a sequence: queries, keys and values of one length."""
+    position = torch.arange(x.shape[2])
+    mask = (torch.arange(512) <= position[:, None])[None, None]
+    return cached_attention(x, x + 1, x + 2, keys, values, position, mask)
+
+
+def symbolic(tokens: int) -> Tensor:
+    """What ``prompt`` takes, of a length that Dynamo makes a symbol."""
+    x = torch.randn(1, 2, tokens, 16)
+    torch._dynamo.mark_dynamic(x, 2)
+    return x
+
+
 def attention_inputs(tokens: int = 1, start: int = 0):
     q, k, v = torch.randn(3, 1, 2, tokens, 16).unbind()
     keys, values = (torch.zeros(1, 2, 512, 16) for _ in range(2))

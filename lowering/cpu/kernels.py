@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from ..codes import Frame
-from ..kernels import MOST_ROWS, MOST_TOKENS, check_heads, mask_parts, rows_of
+from ..kernels import (
+    LONG,
+    MOST_ROWS,
+    MOST_TOKENS,
+    Expected,
+    check_heads,
+    mask_parts,
+    rows_of,
+)
 from ..layout import EXACT_DTYPES, Layout
 from ..state import State
 from ..turn import turn_back_table
-from .library import STRUCTS, load
+from .library import STRUCTS, load, missing
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_MASK, BOOL_MASK = -1, 3
@@ -22,18 +30,15 @@ Attend, Append, Retain, Quantise = (STRUCTS[n] for n in ("Attend", "Append", "Re
 
 
 def refusal(layout: Layout, q: Tensor, mask: Tensor | None, heads: int) -> str | None:
-    """Why the library cannot do ``attend`` of a forward of ``heads`` kv heads, None if it can.
-
-    ``""`` where that is by design.
-    """
+    """Why the library cannot do ``attend`` of a forward of ``heads`` kv heads, None if it can."""
     if load() is None:
-        return ""  # asked for, or said when it could not be built
+        return Expected(missing())  # asked for, or said when it could not be built
     if layout.kind != "digits":
         return f"codes of kind {layout.kind!r} have no native kernel"
     if q.dtype not in DTYPES or q.dtype != EXACT_DTYPES[layout.dtype]:
         return f"queries of {q.dtype} with a cache of {layout.dtype}"
     if q.shape[2] > MOST_TOKENS or q.shape[1] // heads * q.shape[2] > MOST_ROWS:
-        return ""  # turning keys is less work than turning so many queries
+        return LONG
     if mask is not None and mask.shape[1] > 1:
         return "a mask of its own for every head"
     if mask is not None and mask.dtype != torch.bool and mask.dtype not in DTYPES:

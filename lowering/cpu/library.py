@@ -79,22 +79,27 @@ def variant() -> str | None:
     Raises:
         SkvError: the environment asks for one that there is not, or not on this CPU.
     """
-    return _chosen(os.environ.get(SWITCH))
+    return _chosen(os.environ.get(SWITCH))[0]
+
+
+def why() -> str:
+    """Why it is this :func:`variant`, or none."""
+    return _chosen(os.environ.get(SWITCH))[1]
 
 
 @cache
-def _chosen(wanted: str | None) -> str | None:
+def _chosen(wanted: str | None) -> tuple[str | None, str]:
     if not wanted:
-        return possible()[0]
+        return possible()[0], f"the best that this CPU runs of {', '.join(VARIANTS)}"
     if wanted == "reference":
-        return None
+        return None, f"{SWITCH}=reference"
     if wanted not in VARIANTS:
         raise SkvError(f"{SWITCH}={wanted!r}: expected one of {', '.join(VARIANTS)}, reference.")
     if wanted not in possible():
         raise SkvError(
             f"{SWITCH}={wanted}: this CPU cannot run it. It can run {', '.join(possible())}."
         )
-    return wanted
+    return wanted, f"{SWITCH}={wanted}"
 
 
 def compiler() -> list[str] | None:
@@ -202,19 +207,26 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 @cache
-def _loaded(name: str) -> ctypes.CDLL | None:
+def _loaded(name: str) -> tuple[ctypes.CDLL | None, str]:
+    """The library of a variant, or why there is none."""
     try:
-        return open_library(build(name))
+        return open_library(build(name)), ""
     except (BuildError, OSError) as error:
         log.warning(
             "The native CPU kernels could not be built, so attention runs on its PyTorch "
             "reference, which is slower: %s",
             error,
         )
-        return None
+        return None, f"the native CPU kernels could not be built: {error}"
 
 
 def load() -> ctypes.CDLL | None:
     """The library for this CPU; None where the reference runs instead, which was said once."""
     name = variant()
-    return None if name is None else _loaded(name)
+    return None if name is None else _loaded(name)[0]
+
+
+def missing() -> str:
+    """Why :func:`load` gives none."""
+    name = variant()
+    return why() if name is None else _loaded(name)[1]

@@ -79,7 +79,9 @@ def make_keeper(
         taken += frame_bytes(layout, heads, layers, config.frame is not None)
     pages = None if policy is None else rule.pool_pages(budget, beside, taken)
     pool = Pool(layers, batch, heads, layout, pages, device, group)
-    return Keeper(pool, policy, known, rule)
+    keeper = Keeper(pool, policy, known, rule)
+    keeper.budget = budget
+    return keeper
 
 
 def exact_bytes(layout: Layout, batch: int, heads: int, group: int) -> int:

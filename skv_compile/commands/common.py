@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from typing import Any
 
 from skv_compile.errors import SkvError
 from skv_compile.files import replacing
+from skv_compile.versions import versions
 
 #: Decoding steps left out of a speed: they contain compilation and its warm-up.
 WARM_UP_STEPS = 8
@@ -80,18 +80,6 @@ def positive(text: str) -> int:
     return value
 
 
-def versions() -> dict[str, str | None]:
-    """The versions that a number depends on."""
-    found: dict[str, str | None] = {}
-    for name in ("skv-compile", "torch", "transformers", "triton"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    found["python"] = platform.python_version()
-    return found
-
-
 def device_name(device: Any) -> str:
     """A torch device in words."""
     import torch
@@ -109,15 +97,21 @@ def load_average() -> float | None:
         return None
 
 
-def check_writable(file: str) -> None:
-    """Refuse a ``--json`` file that cannot be written before the work starts."""
+def check_writable(file: str, option: str = "--json") -> None:
+    """Refuse the file of an option that cannot be written before the work starts."""
     path = Path(file)
     if path.is_dir():
-        raise UsageError(f"--json {file}: this is a folder, give a file")
+        raise UsageError(f"{option} {file}: this is a folder, give a file")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"--json {file}: the folder {path.parent} does not exist")
+        raise UsageError(f"{option} {file}: the folder {path.parent} does not exist")
     if not os.access(path.absolute().parent, os.W_OK):
-        raise UsageError(f"--json {file}: the folder {path.parent} cannot be written")
+        raise UsageError(f"{option} {file}: the folder {path.parent} cannot be written")
+
+
+def write_text(file: str, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with replacing(Path(file).absolute()) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def write_json(file: str, command: str, result: dict[str, Any]) -> None:
@@ -128,9 +122,7 @@ def write_json(file: str, command: str, result: dict[str, Any]) -> None:
         "versions": versions(),
         **result,
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing(Path(file).absolute()) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+    write_text(file, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class TokenTimer:

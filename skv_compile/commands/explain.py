@@ -1,6 +1,7 @@
 """``skv explain``: which attention sites of a model are rewritten, and why the others are not.
 
-With ``--retention-map`` also what a cache keeps of a text, as a picture.
+With ``--html`` also as a page for others, with ``--dump`` the graphs before and after, and with
+``--retention-map`` what a cache keeps of a text, as a picture.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 HELP = "show which attention sites of a model are rewritten, and why the others are not"
 
 PREFIX = 2048
+TOKENS = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="Hugging Face id, local folder, GGUF file, or 'demo'"
     )
     common.add_cache_arguments(parser)
+    parser.add_argument(
+        "--tokens",
+        type=common.positive,
+        default=TOKENS,
+        metavar="N",
+        help=f"slots of the cache whose bytes are counted (default: {TOKENS})",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write the report as one self-contained HTML page"
+    )
+    parser.add_argument(
+        "--dump",
+        metavar="DIR",
+        help="also write the graphs before and after, a report of each, and a script that runs the "
+        "pass on it again; numbers continue where DIR has files",
+    )
     drawing = parser.add_argument_group("retention map")
     drawing.add_argument(
         "--retention-map",
@@ -56,14 +74,20 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     import torch
 
     from skv_compile import models
+    from skv_compile.commands import sites
 
     with screen.step("Model") as update:
         loaded = models.load(args.model, report=update)
     model = loaded.model
     with screen.step("Tracing one decoding step"), torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        report = skv.explain(model, token, config=config)
-    screen.write(str(report))
+        report = skv.explain(model, token, config=config, dump=args.dump, max_cache_len=args.tokens)
+    sites.show(report, screen)
+    if args.html:
+        common.write_text(args.html, report.to_html(f"skv explain {args.model}"))
+        screen.write(f"{args.html}: the report as a page.")
+    if args.dump:
+        screen.write(f"{args.dump}: the graphs before and after, and scripts that run the pass.")
     result: dict[str, Any] = {
         "model": args.model,
         "device": common.device_name(model.device),
@@ -77,8 +101,13 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     """Refuse now what would fail after the model has loaded."""
     from skv_compile import evaluate
+    from skv_compile.dump import check_folder
     from skv_compile.retention import map as drawing
 
+    if args.html:
+        common.check_writable(args.html, "--html")
+    if args.dump:
+        check_folder(args.dump)
     if not args.retention_map:
         for name in ("documents", "prefix"):
             if getattr(args, name) is not None:

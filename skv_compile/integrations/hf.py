@@ -49,12 +49,12 @@ class Attachment:
     so once, and each layer is made dense for its attention; ``strict`` makes it an error.
     """
 
-    def __init__(self, model: Any, config: Config, mode: str | None) -> None:
+    def __init__(self, model: Any, config: Config, mode: str | None, dump: Any = None) -> None:
         check_model_class(model)
         if config.frame is not None:
             check_frames(load_frames(config.frame), model.config)
             check_model(load_frames(config.frame), model)
-        self.config, self.mode = config, mode
+        self.config, self.mode, self.dump = config, mode, dump
         SkvBackend(config=config, mode=mode)  # refuse a wrong mode now
         self.before = {n: model.__dict__[n] for n in ("forward", "generate") if n in model.__dict__}
         self._model = weakref.ref(model)
@@ -74,7 +74,8 @@ class Attachment:
             mode = self.mode
             if mode is None:
                 mode = "reduce-overhead" if device.type == "cuda" else "default"
-            backend = SkvBackend(config=self.config, mode=mode)
+            options = {"dump": self.dump}
+            backend = SkvBackend(config=self.config, mode=mode, options=options)
             self._compiled = torch.compile(self._forward, backend=backend, fullgraph=True)
         return self._compiled
 
@@ -262,11 +263,12 @@ class Door:
         return self.__deepcopy__(None)
 
 
-def attach(model: Any, config: Config, mode: str | None) -> Any:
-    """Let ``model`` use spherical caches; a second call replaces the settings of the first."""
+def attach(model: Any, config: Config, mode: str | None, dump: Any = None) -> Any:
+    """Let ``model`` use spherical caches; a second call replaces the settings of the first.
+    ``dump``: of the backend."""
     if getattr(model, "_skv", None) is not None:
         detach(model)
-    attachment = Attachment(model, config, mode)
+    attachment = Attachment(model, config, mode, dump)
     model.forward = Door(attachment.forward, attachment._forward)
     if attachment._generate is not None:
         model.generate = Door(attachment.generate, attachment._generate)

@@ -48,6 +48,8 @@ class Keeper:
         self._memo: dict[Any, Any] = {ARRIVING: True}
         self._arriving = Arriving(heads)
         self._last_layer = -1  # that the forward in progress has gone through
+        #: Bytes that all of this may take, where a budget says so.
+        self.budget: int | None = None
         #: How many compiled graphs have run on these layers.
         self.graphs = 0
         self._bundle: Bundle | None = None

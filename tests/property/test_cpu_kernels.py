@@ -365,4 +365,4 @@ def test_sanitizers_find_nothing() -> None:
 def test_kernels_and_library_agree_on_which_forwards_are_long() -> None:
     layout = Layout("digits", 64, 512, 16, 4, 12, 64)
     q = torch.zeros(1, 4, kernels.MOST_TOKENS + 1, 64)
-    assert cpu.refusal(layout, q, None, 2) == ""
+    assert cpu.refusal(layout, q, None, 2) is kernels.LONG
