@@ -62,8 +62,9 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
     length = args.prefix + args.tokens + 1
     documents = evaluate.tokenize(texts, encode, length, loaded.device)
-    with screen.step(f"Scoring {args.tokens} tokens after {args.prefix}") as update:
-        result = evaluate.evaluate(loaded.model, documents, args.prefix, config, update)
+    title, runs = f"Scoring {args.tokens} tokens after {args.prefix}", 4 * len(documents)
+    with common.forwards(screen, title, loaded.model, runs):
+        result = evaluate.evaluate(loaded.model, documents, args.prefix, config, screen.note)
     show(result, screen)
     device = common.device_name(loaded.device)
     settings = f"codec {config.codec}, retention {config.retention}"
