@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from skv_compile.commands import common
@@ -114,41 +113,46 @@ class Chat:
     def run(self) -> dict[str, Any]:
         if self.terminal:
             self.screen.note(f"{self.args.model}: say something. {' '.join(COMMANDS)}")
-        for line in self._lines():
-            if line == "/quit":
-                break
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (input() then edits and remembers lines)
+        said = ""
+        while True:
             try:
+                if said:
+                    self.screen.note(said)
+                    said = ""
+                line = self._line()
+                if line is None or line == "/quit":
+                    break
                 self._take(line)
             except SkvError as error:
                 self.refused += 1
-                self.screen.note(f"error: {error}")
+                said = f"error: {error}"
+            except KeyboardInterrupt:  # at any moment but in an answer
+                if not self.terminal:
+                    raise
+                said = "\nCtrl-D or /quit leaves"
         # Who types can mend it at once; a pipe has to hear of it.
         return {**self._record(), "exit_code": 2 if self.refused and not self.terminal else 0}
 
-    def _lines(self) -> Iterator[str]:
-        """What is typed, or piped in; stripped, and without empty lines."""
-        if self.terminal:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  (input() then edits and remembers lines)
-        while True:
-            try:
-                line = input("\n> ") if self.terminal else sys.stdin.readline()
-            except EOFError:
-                self.screen.write("")
-                return
-            except KeyboardInterrupt:
-                if not self.terminal:
-                    raise
-                self.screen.note("\nCtrl-D or /quit leaves")
-                continue
-            except UnicodeDecodeError as error:
-                raise common.UsageError(f"the input is not UTF-8: {error}") from error
-            if not line and not self.terminal:
-                return
-            if line.strip():
-                yield line.strip()
+    def _line(self) -> str | None:
+        """What is typed or piped in next, stripped; None at the end."""
+        try:
+            if self.terminal:
+                return input("\n> ").strip()
+            line = sys.stdin.readline()
+            return line.strip() if line else None
+        except EOFError:
+            self.screen.write("")
+            return None
+        except UnicodeDecodeError as error:
+            self.refused += 1
+            self.screen.note(f"error: the input is not UTF-8: {error}; the chat ends here")
+            return None
 
     def _take(self, line: str) -> None:
+        if not line:
+            return
         if line.startswith("//"):
             self._answer(line[1:])
         elif not line.startswith("/"):
