@@ -19,10 +19,16 @@ from skv_compile.commands import chat as command
 from skv_compile.commands.common import TokenTimer
 from skv_compile.commands.live import View, Words
 from skv_compile.commands.picture import clean
+from skv_compile.integrations.hf import Attachment
 
 SMALL = {"sinks": 4, "recent": 16, "bits": 2.5}
 LONG = "a sphere has no edges, only directions; " * 4
-pytestmark = pytest.mark.usefixtures("eager_inner")
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run as they are, which takes no time to prepare; the terminal's test compiles them."""
+    monkeypatch.setattr(Attachment, "compiled", lambda self, device: self._forward)
 
 
 def conversation(context: int = 600, template: str | None = TEMPLATE, **kw: Any) -> Conversation:
