@@ -16,7 +16,7 @@ from typing import Any
 
 from skv_compile.commands import COMMANDS
 
-#: The name of torch's error where it has no C++ compiler, which others contain.
+#: torch's error where it finds no C++ compiler; others contain its name.
 NO_COMPILER = "InvalidCxxCompiler"
 
 START = """\
@@ -93,16 +93,16 @@ def _explain_error(error: Exception) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kind = type(error).__name__
+    if NO_COMPILER in f"{kind}: {error}":
+        print(
+            "error: compiled code for a CPU needs a C++ compiler, and none works here. Install g++ "
+            "or clang++ (Debian: apt install g++), or set CXX; skv doctor looks for one.",
+            file=sys.stderr,
+        )
+        return 2
     print(f"error: {kind}: {error}", file=sys.stderr)
     if kind == "OutOfMemoryError":
         print("The model does not fit; try a smaller one or fewer tokens.", file=sys.stderr)
-        return 2
-    if NO_COMPILER in f"{kind}: {error}":
-        print(
-            "Compiled code for a CPU needs a C++ compiler: install g++ or clang++ (Debian: apt "
-            "install g++), or set CXX. skv doctor looks for one.",
-            file=sys.stderr,
-        )
         return 2
     print("This was not expected; run again with --debug for the traceback.", file=sys.stderr)
     return 1

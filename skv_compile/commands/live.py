@@ -48,7 +48,8 @@ class View:
         self.console, self.cache = console, cache
         self.seen: Look | None = None
         self._words: Words | None = None
-        self._timer, self._stop = TokenTimer(), None
+        self._timer = TokenTimer()
+        self._stop: Stop | None = None
         self._compiles = self._done = False
         self._began = self._next = 0.0
 

@@ -127,7 +127,7 @@ def test_skv_alone_says_where_to_start(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("error", "word"),
     [
-        ("InvalidCxxCompiler: No working C++ compiler found", "install g++"),
+        ("InvalidCxxCompiler: No working C++ compiler found", "Install g++"),
         ("OutOfMemoryError", "does not fit"),
     ],
 )
