@@ -16,11 +16,25 @@ from typing import Any
 
 from skv_compile.commands import COMMANDS
 
+#: torch's error where it finds no C++ compiler; others contain its name.
+NO_COMPILER = "InvalidCxxCompiler"
+
+START = """\
+start here:
+  skv doctor             what will work on this machine
+  skv chat               talk to a small model and watch its cache
+  skv demo               the same model with a dense and a compressed cache, in numbers
+  skv COMMAND --help     what a command takes
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with one sub-parser per module of ``skv_compile.commands``."""
     parser = argparse.ArgumentParser(
-        prog="skv", description="Compress the KV cache of an unmodified model."
+        prog="skv",
+        description="Compress the KV cache of an unmodified model.",
+        epilog=START,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -37,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    args = parser.parse_args(argv)
     try:
         return _run(args, argv)
     except KeyboardInterrupt:
@@ -75,6 +93,13 @@ def _explain_error(error: Exception) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kind = type(error).__name__
+    if NO_COMPILER in f"{kind}: {error}":
+        print(
+            "error: compiled code for a CPU needs a C++ compiler, and none works here. Install g++ "
+            "or clang++ (Debian: apt install g++), or set CXX; skv doctor looks for one.",
+            file=sys.stderr,
+        )
+        return 2
     print(f"error: {kind}: {error}", file=sys.stderr)
     if kind == "OutOfMemoryError":
         print("The model does not fit; try a smaller one or fewer tokens.", file=sys.stderr)

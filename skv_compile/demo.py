@@ -105,7 +105,8 @@ def run(
         raise models.ModelError(f"the document makes only {len(ids)} tokens with {name}")
 
     # The exact side runs first, before skv.compile changes the model in place.
-    with screen.step(f"Exact model: scoring {SCORED} tokens after {PREFIX}"):
+    title = f"scoring {SCORED} tokens after {PREFIX}"
+    with common.forwards(screen, f"Exact model: {title}", model, 2):
         exact = metrics.score_continuation(model, scored, PREFIX, DynamicCache(config=model.config))
     dense, _ = _generate(
         model,
@@ -119,7 +120,7 @@ def run(
     )
 
     model = skv.compile(model, config=config)
-    with screen.step(f"Spherical cache: scoring {SCORED} tokens after {PREFIX}"):
+    with common.forwards(screen, f"Spherical cache: {title}", model, 2):
         through = skv.SphericalCache(model.config, max_cache_len=len(ids), config=config)
         other = metrics.score_continuation(model, scored, PREFIX, through)
         fidelity = metrics.compare(exact, other, targets)

@@ -85,6 +85,35 @@ def tiny(name: str, layers: int = 2, **kw: Any) -> Any:
     return model
 
 
+#: A chat template: a role is one letter, <U, <A, <S, and a message ends in >.
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'][0] | upper }}{{ m['content'] }}>{% endfor %}"
+    "{% if add_generation_prompt %}<A{% endif %}"
+)
+
+
+def spelling_tokenizer(template: str | None = None) -> Any:
+    """A tokenizer of one token a character, which is its code; > ends an answer."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {chr(n): n for n in range(VOCAB)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
+    inner.pre_tokenizer = split
+    inner.decoder = tokenizers.decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    made.chat_template = template
+    return made
+
+
+def saved(path: Any, model: Any, template: str | None = None) -> str:
+    """A folder with a model and a tokenizer of one token a character."""
+    spelling_tokenizer(template).save_pretrained(path)
+    model.save_pretrained(path)
+    return str(path)
+
+
 def padded_batch(batch: int, width: int = 40) -> tuple[Tensor, Tensor]:
     """Random left-padded prompts: ids and mask [batch, width]; row n has 7 n + (n > 1) pads."""
     generator = torch.Generator().manual_seed(7)

@@ -8,4 +8,15 @@ every module here and must stay quick.
 from __future__ import annotations
 
 #: Command names in the order ``skv --help`` shows them; each is a module of this package.
-COMMANDS = ("demo", "generate", "eval", "calibrate", "explain", "bench", "tune", "doctor")
+COMMANDS = (
+    "demo",
+    "chat",
+    "generate",
+    "eval",
+    "calibrate",
+    "explain",
+    "bench",
+    "tune",
+    "doctor",
+    "completion",
+)

@@ -50,6 +50,7 @@ def _cpu(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     from rich.table import Table
 
     from skv_compile.bench import cpu
+    from skv_compile.evaluate import Pace
     from skv_compile.lowering.cpu import library
 
     variant = library.variant() if library.load() else None
@@ -60,15 +61,18 @@ def _cpu(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
         "load_before": common.load_average(),
     }
     screen.note(f"CPU, {found['threads']} threads, kernels: {found['kernels']}")
+    shapes = [shape for shape in cpu.ATTEND if not args.most or shape[-1] <= args.most]
+    whole = [part for part in args.parts if part != "attend" and _wanted(args, cpu, part)]
+    pace = Pace(len(shapes) * ("attend" in args.parts) + len(whole))
     for part in args.parts:
         found[part] = []
         if part == "attend":
-            for shape in cpu.ATTEND:
-                if not args.most or shape[-1] <= args.most:
-                    with screen.step(f"attend: {shape[-1]} tokens, head dim {shape[2]}"):
-                        found[part] += cpu.attend(shape)
-        elif not args.most or getattr(cpu, PLACES[part]) <= args.most:
-            with screen.step(f"{part} (step: compiles first)"):
+            for shape in shapes:
+                title = f"attend: {shape[-1]} tokens, head dim {shape[2]}"
+                with screen.step(f"{pace.next()}: {title}"):
+                    found[part] += cpu.attend(shape)
+        elif part in whole:
+            with screen.step(f"{pace.next()}: {part} (step: compiles first)"):
                 found[part] = getattr(cpu, part)(cpu.model())
         _save(args, found)
         view = Table("", "tokens", "ms", "mean", "times best dense", box=box.SIMPLE_HEAD)
@@ -79,12 +83,17 @@ def _cpu(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     return found
 
 
+def _wanted(args: argparse.Namespace, place: Any, part: str) -> bool:
+    return not args.most or getattr(place, PLACES[part]) <= args.most
+
+
 def _cuda(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     import torch
     from rich import box
     from rich.table import Table
 
     from skv_compile.bench import attend, prefill, step, timing
+    from skv_compile.evaluate import Pace
 
     with screen.step("Memory bandwidth"):
         bandwidth = timing.bandwidth()
@@ -96,18 +105,21 @@ def _cuda(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     }
     for why in found["not_measured"]:
         screen.note(f"not measured: {why}")
+    sizes = {
+        part: [s for s in measured[part].SHAPES if not args.most or s[0] <= args.most]
+        for part in args.parts
+    }
+    pace = Pace(sum(len(measured[part].names(*s)) for part in args.parts for s in sizes[part]))
     for part in args.parts:
         llama = () if part == "attend" else (step.model(),)
         lines: list[dict[str, Any]] = []
         found[part] = lines
         columns = ("", "tokens x batch", "ms", "mean", "times dense", "of floor")
         view = Table(*columns, box=box.SIMPLE_HEAD)
-        for tokens, batch in measured[part].SHAPES:
-            if args.most and tokens > args.most:
-                continue
+        for tokens, batch in sizes[part]:
             dense = None
             for name in measured[part].names(tokens, batch):
-                with screen.step(f"{part}: {name}, {tokens} x {batch}"):
+                with screen.step(f"{pace.next()}: {part}: {name}, {tokens} x {batch}"):
                     one = measured[part].line(name, *llama, tokens, batch, bandwidth)
                 torch.cuda.empty_cache()
                 dense = dense or one["ms"]

@@ -116,7 +116,7 @@ def _measure_heads(args: argparse.Namespace, screen: Screen, loaded: Any) -> dic
     """Measure how far every head looks back, save."""
     from skv_compile.retention.table import measure_heads, save_table
 
-    with screen.step("Retrieval heads"):
+    with common.forwards(screen, "Retrieval heads", loaded.model):
         table = measure_heads(loaded.model, args.tokens)
     save_table(args.retrieval_heads, table, model=Path(args.model).name)
     screen.write(

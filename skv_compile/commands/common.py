@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from skv_compile.versions import versions
 WARM_UP_STEPS = 8
 
 #: Settings of the cache that commands take, as they are called in ``Config``.
-CACHE_SETTINGS = ("bits", "codec", "retention", "retention_table", "budget")
+CACHE_SETTINGS = ("bits", "codec", "frame", "retention", "retention_table", "budget")
 
 
 class UsageError(SkvError):
@@ -43,15 +44,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the cache."""
     parser.add_argument(
-        "--bits", type=float, metavar="B", help="bits per coordinate of the compressed region"
+        "--bits",
+        type=float,
+        metavar="B",
+        help="bits per coordinate of the compressed region (4.125)",
     )
     parser.add_argument(
-        "--codec", metavar="C", help="how directions are coded; 'identity' is exact"
+        "--codec",
+        metavar="C",
+        help="how pages are coded: frame (the default), grid, rings, or identity, which is exact",
+    )
+    parser.add_argument(
+        "--frame", metavar="FILE", help="frames of this model, written by skv calibrate --out"
     )
     parser.add_argument(
         "--retention",
         metavar="NAME",
-        help="which tokens are kept, and how well; 'none' keeps all, alike",
+        help="which tokens are kept, and how well: rdr (the default), none, which keeps all alike, "
+        "streaming, snapkv, h2o, window, prefix or retrieval",
     )
     parser.add_argument(
         "--retention-table",
@@ -74,7 +84,10 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
@@ -126,48 +139,72 @@ def write_json(file: str, command: str, result: dict[str, Any]) -> None:
 
 
 class TokenTimer:
-    """A ``generate`` streamer that notes when each token came, and can pass tokens on."""
+    """A ``generate`` streamer that notes when each token came, and can pass tokens on.
+
+    ``each`` is called for every new token, before ``then`` gets it. What they take is not counted.
+    """
 
     def __init__(self, each: Callable[[], None] = lambda: None, then: Any = None) -> None:
         self._each, self._then = each, then
         self.times: list[float] = []
         self._prompt = True
+        self._aside = 0.0  # seconds in ``each`` and ``then``
 
     def put(self, tokens: Any) -> None:
         """Called by ``generate`` with the prompt, then with every new token."""
-        self.times.append(time.perf_counter())
+        now = time.perf_counter()
+        self.times.append(now - self._aside)
         if not self._prompt:
             self._each()
         self._prompt = False
         if self._then is not None:
             self._then.put(tokens)
+        self._aside += time.perf_counter() - now
 
     def end(self) -> None:
         """Called by ``generate`` when it is done."""
         if self._then is not None:
             self._then.end()
 
-    def speed(self) -> dict[str, float | int | None]:
+    def speed(self, left_out: int = WARM_UP_STEPS) -> dict[str, float | int | None]:
         """Tokens per second of decoding and how they were counted, in plain numbers.
 
         ``times`` begins with the prompt, then the first token (made by the prefill); every
-        later difference is one decoding step. The first :data:`WARM_UP_STEPS` of them hold
+        later difference is one decoding step. The first ``left_out`` of them hold
         compilation and are reported as their own time. The speed is that of the median step,
         which another program on the machine disturbs least.
         """
         between = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
         prefill, steps = (between[0] if between else 0.0), between[1:]
-        counted = steps[WARM_UP_STEPS:]
+        counted = steps[left_out:]
         median = statistics.median(counted) if counted else None
         return {
             "tokens_per_second": 1 / median if median else None,
             "median_step_seconds": median,
             "mean_step_seconds": statistics.fmean(counted) if counted else None,
             "steps_counted": len(counted),
-            "steps_left_out": min(len(steps), WARM_UP_STEPS),
+            "steps_left_out": min(len(steps), left_out),
             "prefill_seconds": prefill,
-            "first_steps_seconds": sum(steps[:WARM_UP_STEPS]),
+            "first_steps_seconds": sum(steps[:left_out]),
         }
+
+
+@contextlib.contextmanager
+def forwards(screen: Any, title: str, model: Any, count: int = 1) -> Iterator[None]:
+    """Show how far the block has come: it runs ``count`` eager forwards, layer after layer."""
+    from torch.nn import ModuleList
+
+    text = model.config.get_text_config(decoder=True)
+    wanted = getattr(text, "num_hidden_layers", None)
+    stacks = (x for x in model.modules() if isinstance(x, ModuleList) and len(x) == wanted)
+    layers = next(stacks, ())
+    with screen.bar(title, count * len(layers)) as advance:
+        hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def size(count: float) -> str:

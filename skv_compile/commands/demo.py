@@ -17,7 +17,13 @@ HELP = "the main job on a real model: dense and compressed cache side by side"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, cache settings, length of the answer."""
-    parser.add_argument("--max-new-tokens", type=common.positive, default=48, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=common.positive,
+        default=48,
+        metavar="N",
+        help="of both answers (48)",
+    )
     common.add_model_arguments(parser)
 
 

@@ -27,16 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Python's language reference",
     )
     parser.add_argument(
-        "--prefix", type=common.positive, default=3072, metavar="N", help="tokens in the cache"
+        "--prefix",
+        type=common.positive,
+        default=3072,
+        metavar="N",
+        help="tokens in the cache (3072)",
     )
     parser.add_argument(
-        "--tokens", type=common.positive, default=512, metavar="N", help="tokens scored after them"
+        "--tokens",
+        type=common.positive,
+        default=512,
+        metavar="N",
+        help="tokens scored after them (512)",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of the model; 16 bits add rounding noise to the distance",
+        help="of the model (float32); 16 bits add rounding noise to the distance",
     )
 
 
@@ -62,8 +70,9 @@ def run(args: argparse.Namespace, screen: Screen) -> dict[str, Any]:
 
     length = args.prefix + args.tokens + 1
     documents = evaluate.tokenize(texts, encode, length, loaded.device)
-    with screen.step(f"Scoring {args.tokens} tokens after {args.prefix}") as update:
-        result = evaluate.evaluate(loaded.model, documents, args.prefix, config, update)
+    title, runs = f"Scoring {args.tokens} tokens after {args.prefix}", 4 * len(documents)
+    with common.forwards(screen, title, loaded.model, runs):
+        result = evaluate.evaluate(loaded.model, documents, args.prefix, config, screen.note)
     show(result, screen)
     device = common.device_name(loaded.device)
     settings = f"codec {config.codec}, retention {config.retention}"

@@ -136,7 +136,7 @@ def _draw(args: argparse.Namespace, config: Config, loaded: Any, screen: Screen)
             f"{name} makes {len(ids)} tokens, and {prefix} are wanted; give a longer text with "
             "--documents, or lower --prefix"
         )
-    with screen.step(f"Retention of {prefix} tokens of {name}"):
+    with common.forwards(screen, f"Retention of {prefix} tokens of {name}", loaded.model):
         cache = skv.SphericalCache(loaded.model.config, prefix, config)
         evaluate.fill(loaded.model, torch.tensor(ids, device=loaded.device), cache)
         cache.raise_flags()

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="what to ask")
     prompt.add_argument("--prompt-file", metavar="F", help="read the prompt from F ('-': stdin)")
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
-    parser.add_argument("--max-new-tokens", type=common.positive, default=128, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=common.positive, default=128, metavar="N", help="at most (128)"
+    )
     common.add_model_arguments(parser)
 
 

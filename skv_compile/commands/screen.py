@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
 
 
 class Screen:
@@ -59,8 +60,10 @@ class Screen:
             yield (lambda text: self._line(f"{title}: {text}")), (lambda: None)
         else:
             columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}")]
-            columns += [BarColumn(), MofNCompleteColumn()] if total else []
-            with Progress(*columns, Elapsed(), console=self._err, transient=True) as progress:
+            if total:
+                columns += [BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("left,")]
+            columns += [Elapsed(), TextColumn("so far")]
+            with Progress(*columns, console=self._err, transient=True) as progress:
                 task = progress.add_task(title, total=total)
                 yield (
                     (lambda text: progress.update(task, description=f"{title}: {text}")),

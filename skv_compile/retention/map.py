@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,12 @@ import torch
 from ..codec.tiers import tier_name
 from ..errors import CacheStateError, SkvError
 from ..lowering.layout import PAGE_HEADER, Layout
-from ..lowering.state import CODED
+from ..lowering.state import CODED, PAD
 from .tokens import Tokens
 
 if TYPE_CHECKING:
     from ..cache.spherical import SphericalCache
+    from ..cache.state import LayerState
     from .keeper import Keeper
 
 BINS = 128  # of positions, in a picture
@@ -49,6 +51,20 @@ def levels_of(keeper: Keeper) -> torch.Tensor:
     return levels
 
 
+def layers_of(cache: SphericalCache, row: int = 0) -> Iterator[tuple[int, LayerState, np.ndarray]]:
+    """Of every compressed layer that has been allocated: its number in the model, its state, and
+    the levels [kv heads, coded tokens] uint8 of one row, as :func:`levels_of` has them."""
+    tables = {id(keeper): levels_of(keeper) for keeper in cache.keepers}
+    for number, layer in enumerate(cache.layers):
+        state = getattr(layer, "state", None)
+        if state is None:
+            continue
+        pool, coded = state.keeper.pool, int(state.tensors.meta[row, CODED])
+        group = (state.index * pool.batch + row) * pool.heads
+        table = tables[id(state.keeper)][group : group + pool.heads, :coded]
+        yield number, state, table.cpu().numpy()
+
+
 def retention_map(cache: SphericalCache, row: int = 0) -> dict[str, Any]:
     """What is kept of one row of a cache, in plain arrays.
 
@@ -63,24 +79,17 @@ def retention_map(cache: SphericalCache, row: int = 0) -> dict[str, Any]:
     Raises:
         CacheStateError: no token has left the exact window.
     """
-    tables = {id(keeper): levels_of(keeper) for keeper in cache.keepers}
     found: dict[str, list[Any]] = {"layers": [], "heads": [], "levels": [], "bits": []}
     first: Layout | None = None
     begin = 0
-    for number, layer in enumerate(cache.layers):
-        state = getattr(layer, "state", None)
-        if state is None:
-            continue
-        pad, _, coded = state.tensors.meta[row, :3].tolist()
-        layout, keeper = state.layout, state.keeper
+    for number, state, table in layers_of(cache, row):
         if first is None:
-            first, begin = layout, pad + layout.sinks
-        group = (state.index * keeper.pool.batch + row) * keeper.pool.heads
-        table = tables[id(keeper)][group : group + keeper.pool.heads, :coded]
-        found["levels"] += list(table.cpu().numpy())
-        found["bits"] += _bits(keeper, state.index, row, coded)
-        found["layers"] += [number] * keeper.pool.heads
-        found["heads"] += range(keeper.pool.heads)
+            first = state.layout
+            begin = int(state.tensors.meta[row, PAD]) + first.sinks
+        found["levels"] += list(table)
+        found["bits"] += bits_of(state, row)
+        found["layers"] += [number] * len(table)
+        found["heads"] += range(len(table))
     tokens = {len(x) for x in found["levels"]} or {0}
     if first is None or max(tokens) == 0:
         raise CacheStateError(
@@ -90,23 +99,30 @@ def retention_map(cache: SphericalCache, row: int = 0) -> dict[str, Any]:
     levels = np.zeros((len(found["levels"]), max(tokens)), dtype=np.uint8)
     for n, mine in enumerate(found.pop("levels")):
         levels[n, : len(mine)] = mine
-    tiers = range(len(first.tiers))
     return {
         **{name: np.array(x) for name, x in found.items()},
         "levels": levels,
-        "tiers": [tier_name(first, n) for n in tiers],
-        "rates": [first.rate(n) for n in tiers],
+        **tiers_of(first),
         "first": begin,
     }
 
 
-def _bits(keeper: Keeper, layer: int, row: int, coded: int) -> list[float]:
+def tiers_of(layout: Layout) -> dict[str, list[Any]]:
+    """``tiers`` and ``rates``: names, and bits per coordinate with full pages, coarse to fine."""
+    every = range(len(layout.tiers))
+    return {
+        "tiers": [tier_name(layout, n) for n in every],
+        "rates": [layout.rate(n) for n in every],
+    }
+
+
+def bits_of(state: LayerState, row: int = 0) -> list[float]:
     """Bits per coordinate of a layer's heads in a row, counted as ``bits_per_coordinate`` does."""
-    layout, pool = keeper.layout, keeper.pool
+    layout, pool = state.layout, state.keeper.pool
     if not layout.tracked:
         return [layout.rate(0)] * pool.heads
-    coordinates = max(1, 2 * layout.head_dim * coded)
-    pages = (pool.table[layer, row] >= 0).sum(-1).tolist()
+    coordinates = max(1, 2 * layout.head_dim * int(state.tensors.meta[row, CODED]))
+    pages = (pool.table[state.index, row] >= 0).sum(-1).tolist()
     lists = 4 * layout.max_pages / max(1, 2 * layout.head_dim * layout.max_coded)
     size = layout.page_bytes + PAGE_HEADER
     return [8 * (n * size / coordinates + lists) for n in pages]

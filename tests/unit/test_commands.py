@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import VOCAB, tiny
+from support import saved, tiny
 
 from skv_compile import cli
-from skv_compile.commands import common
+from skv_compile.commands import COMMANDS, common
+from skv_compile.config import CODECS, Config
+from skv_compile.retention.policies import POLICIES
 
 SENTENCE = "A sphere has no edges, only directions. "
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model with a tokenizer of one token a character."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast
-
-    path = str(tmp_path_factory.mktemp("model") / "tiny")
-    words = {chr(n): n for n in range(VOCAB)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[\\s\\S]"), "isolated")
-    inner.pre_tokenizer = split
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?").save_pretrained(path)
-    tiny("llama", layers=3).save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("model") / "tiny", tiny("llama", layers=3))
 
 
 @pytest.fixture
@@ -80,7 +72,7 @@ def test_eval_takes_a_table_of_heads(folder: str, text: str, tmp_path: Path) -> 
     assert result["config"]["retention_table"] == table
 
 
-@pytest.mark.parametrize("command", ["eval", "demo", "generate"])
+@pytest.mark.parametrize("command", ["eval", "demo", "generate", "chat"])
 def test_settings_are_refused_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -90,7 +82,8 @@ def test_settings_are_refused_before_a_model_is_loaded(
         (("--budget", "much"), "budget='much'"),
         (("--retention", "retrieval"), "retention_table"),
     ):
-        assert cli.main([command, "--model", "no/such/model", *prompt, *more]) == 2
+        named = ["no/such/model"] if command == "chat" else ["--model", "no/such/model"]
+        assert cli.main([command, *named, *prompt, *more]) == 2
         assert word in capsys.readouterr().err
 
 
@@ -101,6 +94,56 @@ def test_commands_share_the_settings_of_the_cache(command: str) -> None:
     args = cli.build_parser().parse_args([command, *more, *given])
     wanted = {"bits": 2.5, "codec": "grid", "retention": "h2o", "budget": "1GiB"}
     assert common.overrides(args) == wanted
+
+
+@pytest.mark.parametrize("command", ["chat", "eval", "demo", "generate", "explain"])
+def test_the_help_names_what_settings_there_are(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for word in (*POLICIES, *CODECS, f"({Config().bits:g})", f"{Config().retention} (the default)"):
+        assert word in said
+    assert f"{Config().codec} (the default)" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.build_parser()
+    commands = next(x for x in parser._actions if isinstance(x, argparse._SubParsersAction))
+    for action in commands.choices[name]._actions:
+        assert action.help, f"skv {name} {action.option_strings or action.dest}"
+
+
+def test_skv_alone_says_where_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert "start here" in said
+    assert all(name in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        ("InvalidCxxCompiler: No working C++ compiler found", "Install g++"),
+        ("OutOfMemoryError", "does not fit"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: str, word: str
+) -> None:
+    kind = type("OutOfMemoryError" if "Memory" in error else "InductorError", (Exception,), {})
+
+    def fails(*_: Any) -> None:
+        raise kind(error)
+
+    monkeypatch.setattr("skv_compile.doctor.collect", fails)
+    assert cli.main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert word in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("retention", ["rdr", "none"])
