@@ -48,7 +48,7 @@ mutants: $(STAMP)
 	$(BIN)/python benchmarks/mutants.py $(ARGS)
 
 docs: $(STAMP)
-	$(BIN)/python -m mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

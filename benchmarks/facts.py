@@ -128,6 +128,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "kl-snapkv-1": lambda: _policy("snapkv", 1.125),
     "frames": _frames,
     "demo-ratio": _demo,
+    "demo-tokens": lambda: f"{result('demo')['cache']['seen_tokens']:,}",
     "judging": lambda: _cost("utilities_of_prompt"),
     "refresh": lambda: _cost("refresh_of_a_stride"),
     "mutants": lambda: str(len(result("mutants")["mutants"])),
