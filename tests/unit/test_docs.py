@@ -39,12 +39,12 @@ def listings(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.S | re.M)
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Every command line of a page: in blocks, and in the tables' code."""
-    text = page.read_text(encoding="utf-8")
-    lines = [line for block in listings(page, "") for line in block.splitlines()]
-    lines += re.findall(r"`((?:skv|python|make|pip) [^`]*)`", text)
-    return [shlex.split(line, comments=True) for line in lines if line[:1].isalpha()]
+def commands(page: Path) -> tuple[list[list[str]], ...]:
+    """The command lines of a page's blocks, and those in its sentences and tables, which may be
+    a part of one."""
+    blocks = [line for block in listings(page, "") for line in block.splitlines()]
+    rest = re.findall(r"`((?:skv|python|make) [^`]*)`", page.read_text(encoding="utf-8"))
+    return tuple([shlex.split(x, comments=True) for x in lines] for lines in (blocks, rest))
 
 
 def test_generated_pages_are_what_the_code_says() -> None:
@@ -80,20 +80,20 @@ def test_every_picture_is_drawn_by_the_script_and_shown() -> None:
 @EACH
 def test_commands_are_ones_that_there_are(page: Path) -> None:
     parser = cli.build_parser()
+    subparsers = load("generate")._subparsers(parser)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for words in commands(page):
-        words = [PLACEHOLDERS.get(word, word) for word in words]
-        if "COMMAND" in words:
-            continue
-        if words[0] == "skv" or words[:3] == ["python", "-m", "skv_compile"]:
-            own = words[1:] if words[0] == "skv" else words[3:]
-            if len(own) > 1 or own[0].startswith("-"):
-                parser.parse_args(own)  # exits where it cannot
-            else:
-                assert own[0] in cli.COMMANDS, words
-        elif words[0] == "python" and words[1].endswith(".py"):
+    whole, parts = commands(page)
+    for words in whole:
+        if words[:1] == ["skv"]:
+            parser.parse_args([PLACEHOLDERS.get(word, word) for word in words[1:]])  # or exits
+    for words in whole + parts:
+        if words[:1] == ["skv"] and words[1] != "COMMAND":
+            options = subparsers[words[1]]._option_string_actions
+            named = {word for word in words if word.startswith("--")}
+            assert named <= set(options), words
+        elif words[:1] == ["python"] and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), words
-        elif words[0] == "make":
+        elif words[:1] == ["make"]:
             assert words[1] in targets, words
 
 
