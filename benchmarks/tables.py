@@ -225,8 +225,8 @@ def filled(page: str, text: str) -> str:
     """A page with every marked table and number made anew.
 
     Raises:
-        SystemExit: a mark without its end, a number that ``FACTS`` does not have, or a README
-            without one of its tables.
+        SystemExit: a mark without its end or at the beginning of a line, a number that ``FACTS``
+            does not have, or a README without one of its tables.
     """
     for name, make in {**TABLES, **MORE}.items():
         begin = f"<!-- {name} -->\n"
@@ -236,6 +236,11 @@ def filled(page: str, text: str) -> str:
         text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
         if found != wanted:
             raise SystemExit(f"{page} has {found} places for the table {name!r}, expected {wanted}")
+
+    if re.search(r"^<!-- fact ", text, re.M):
+        raise SystemExit(
+            f"{page} has a number that begins a line: Markdown ends the paragraph there"
+        )
 
     def number(mark: re.Match[str]) -> str:
         if mark[1] not in FACTS:
