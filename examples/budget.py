@@ -11,8 +11,8 @@ import skv_compile as skv
 from skv_compile.models import load
 from skv_compile.text import document
 
-BUDGET = "20MB"
-CHUNK, MOST = 512, 3072
+BUDGET = "15MB"
+CHUNK, MOST = 512, 2048
 
 
 @torch.no_grad()

@@ -49,9 +49,9 @@ def test_a_budget_holds_while_bits_fall() -> None:
     rows = [line.split() for line in run("budget.py").splitlines()[1:]]
     bits = [float(row[3]) for row in rows]
     taken = {int(row[2].replace(",", "")) for row in rows}
-    assert [int(row[0]) for row in rows] == list(range(512, 3073, 512))
+    assert [int(row[0]) for row in rows] == list(range(512, 2049, 512))
     assert len(taken) == 1
-    assert max(taken) <= 20_000_000
+    assert max(taken) <= 15_000_000
     assert bits == sorted(bits, reverse=True)
     assert bits[-1] < 0.5 * bits[0]
 
