@@ -11,13 +11,14 @@ STAMP  := $(VENV)/.stamp
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow mutants lint clean
+.PHONY: help venv demo test test-slow mutants docs lint clean
 
 help:
 	@echo "make demo       set up, then run the main job on a real model (ARGS=\"--json demo.json\")"
 	@echo "make test       set up, then run the tests that need no accelerator and little time"
 	@echo "make test-slow  the slow tests: thousands of random programs, every door and model"
 	@echo "make mutants    put bugs into a copy, one at a time, and see whether the tests notice"
+	@echo "make docs       the documentation as a site, in site/"
 	@echo "make lint       ruff and mypy"
 	@echo "make venv       only set up .venv"
 	@echo "make clean      remove .venv and tool caches"
@@ -29,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV); the first time this downloads torch and takes minutes."
 	PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
-	  --disable-pip-version-check -c constraints.txt -e '.[demo,bench,dev]'
+	  --disable-pip-version-check -c constraints.txt -e '.[demo,bench,dev,docs]'
 	@touch $@
 
 venv: $(STAMP)
@@ -46,9 +47,12 @@ test-slow: $(STAMP)
 mutants: $(STAMP)
 	$(BIN)/python benchmarks/mutants.py $(ARGS)
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy -p skv_compile
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build site *.egg-info

@@ -1,21 +1,24 @@
-"""Fill the README's tables from the JSON in results/: python benchmarks/tables.py [--check]."""
+"""Fill the tables and numbers of README.md and docs/ from the JSON in results/.
+
+    python benchmarks/tables.py [--check]
+
+``<!-- NAME -->`` to ``<!-- end -->`` is a table of ``TABLES``, ``<!-- fact NAME -->`` to
+``<!-- / -->`` a number of ``facts.FACTS``.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from facts import FACTS, RESULTS
+from facts import result as _result
+
+ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("identity", "frame", "rings", "grid", "Hadamard + Lloyd-Max", "KIVI, groups of 32")
-README = HERE.parent / "README.md"
-
-
-def _result(name: str) -> Any:
-    """A JSON of results/."""
-    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+README = ROOT / "README.md"
 
 
 def fidelity() -> str:
@@ -187,34 +190,82 @@ def demo() -> str:
     return "\n".join(rows)
 
 
-def filled(text: str) -> str:
-    """The README with every marked table made anew."""
-    tables = {
-        "fidelity": fidelity,
-        "retention": retention,
-        "long": long,
-        "passkey": passkey,
-        "demo": demo,
-        "attend": attend,
-        "step": step,
-        "prompts": prompts,
-        "cpu": cpu,
-    }
-    for name, make in tables.items():
-        table = make()
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+def runs() -> str:
+    """What made every JSON of results/."""
+    rows = ["| results/ | device | torch | command |", "|---|---|---|---|"]
+    for file in sorted(RESULTS.glob("*.json")):
+        found = _result(file.stem)
+        commands = found["command"]
+        commands = [commands] if isinstance(commands, str) else commands
+        shown = "<br>".join(f"`{x}`" for x in commands[:2])
+        if len(commands) > 2:
+            shown += f"<br>and {len(commands) - 2} more like it"
+        torch = dict.fromkeys(found.get("versions", {}).get("torch", "-").split("; "))
+        device = found.get("device", "-")
+        rows.append(f"| {file.name} | {device} | {', '.join(torch)} | {shown} |")
+    return "\n".join(rows)
+
+
+#: Those of the README, which has each once; and those of the docs alone.
+TABLES: dict[str, Callable[[], str]] = {
+    "fidelity": fidelity,
+    "retention": retention,
+    "long": long,
+    "passkey": passkey,
+    "demo": demo,
+    "attend": attend,
+    "step": step,
+    "prompts": prompts,
+    "cpu": cpu,
+}
+MORE: dict[str, Callable[[], str]] = {"runs": runs}
+
+
+def filled(page: str, text: str) -> str:
+    """A page with every marked table and number made anew.
+
+    Raises:
+        SystemExit: a mark without its end or at the beginning of a line, a number that ``FACTS``
+            does not have, or a README without one of its tables.
+    """
+    for name, make in {**TABLES, **MORE}.items():
+        begin = f"<!-- {name} -->\n"
+        wanted = 1 if page == README.name and name in TABLES else text.count(begin)
+        pattern = rf"({begin})(?:(?!<!-- {name} -->).)*?(<!-- end -->)"
+        table = make() if wanted else ""
         text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)
-        if found != 1:
-            raise SystemExit(f"README.md has {found} places for the table {name!r}, expected one")
+        if found != wanted:
+            raise SystemExit(f"{page} has {found} places for the table {name!r}, expected {wanted}")
+
+    if re.search(r"^<!-- fact ", text, re.M):
+        raise SystemExit(
+            f"{page} has a number that begins a line: Markdown ends the paragraph there"
+        )
+
+    def number(mark: re.Match[str]) -> str:
+        if mark[1] not in FACTS:
+            raise SystemExit(
+                f"{page} asks for the number {mark[1]!r}, which facts.py does not have"
+            )
+        return f"<!-- fact {mark[1]} -->{FACTS[mark[1]]()}<!-- / -->"
+
+    text, found = re.subn(r"<!-- fact (\S+) -->[^<\n]*<!-- / -->", number, text)
+    if found != text.count("<!-- fact "):
+        raise SystemExit(f"{page} has a number without its end, <!-- / -->")
     return text
 
 
 def main() -> None:
-    old = README.read_text(encoding="utf-8")
-    new = filled(old)
-    if "--check" in sys.argv[1:]:
-        sys.exit("README.md does not match results/: run benchmarks/tables.py" if old != new else 0)
-    README.write_text(new, encoding="utf-8")
+    wrong = []
+    for file in (README, *sorted((ROOT / "docs").glob("*.md"))):
+        old = file.read_text(encoding="utf-8")
+        new = filled(file.name, old)
+        if old != new:
+            wrong.append(file.name)
+            if "--check" not in sys.argv[1:]:
+                file.write_text(new, encoding="utf-8")
+    if "--check" in sys.argv[1:] and wrong:
+        sys.exit(f"{', '.join(wrong)} do not match results/: run benchmarks/tables.py")
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ class Attachment:
             rows, length = embeds.shape[0], max(length, embeds.shape[1])
         new = setting("max_new_tokens")
         total = length + new if new is not None else max(setting("max_length") or 0, length + 20)
+        total += setting("prompt_lookup_num_tokens") or 0  # guesses reach beyond the last token
         rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         total = -(-total // LENGTH_STEP) * LENGTH_STEP
         if not keeps:

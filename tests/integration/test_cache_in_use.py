@@ -79,6 +79,18 @@ def test_assisted_decoding_is_dense(model) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("more", [{"prompt_lookup_num_tokens": 10}, {"assistant_model": None}])
+def test_guessed_tokens_fit_the_cache_that_generate_makes(more: dict, eager_inner: None) -> None:
+    """Of prompt and answer together as many tokens as caches are rounded up to."""
+    model, dense = skv.compile(tiny("llama"), codec="identity", **SMALL), tiny("llama")
+    ids = padded_batch(1, 25)[0].repeat(1, 10)[:, :244]
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    if "assistant_model" in more:
+        more = {"assistant_model": tiny("llama", layers=1)}
+    want = dense.generate(ids, **arguments)
+    assert torch.equal(model.generate(ids, **arguments, **more), want)
+
+
 def test_a_cache_goes_on_across_generate_calls(model) -> None:
     """A conversation: the second call brings the whole text, the cache knows its beginning."""
     ids, _ = padded_batch(1)
