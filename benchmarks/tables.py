@@ -9,12 +9,16 @@
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from facts import FACTS, RESULTS
 from facts import result as _result
+
+from skv_compile.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("identity", "frame", "rings", "grid", "Hadamard + Lloyd-Max", "KIVI, groups of 32")
@@ -206,19 +210,69 @@ def runs() -> str:
     return "\n".join(rows)
 
 
+def _at(line: dict[str, Any]) -> tuple[int, int]:
+    return line["tokens"], line["batch"]
+
+
+def presets() -> str:
+    """Each preset: how close, how small, how fast."""
+    kept = {
+        x["bits"]: x for x in _result("retention")["policies"]["lines"] if x["retention"] == "rdr"
+    }
+    gpu = {x["name"]: x for x in _result("bench_presets")["step"] if _at(x) == (32768, 1)}
+    cpu = {x["name"]: x for x in _result("bench_cpu")["step"]}
+    head = "preset, bits, KL (worst), same top-1, bytes against dense, step on H200, step on CPU"
+    rows = [f"| {' | '.join(head.split(', '))} |", "|---|" + "---|" * 6]
+    for name, settings in PRESETS.items():
+        if "bits" not in settings:
+            continue
+        bits = settings["bits"]
+        close, fast, slow = kept[bits], gpu[f"rdr {bits}"], cpu[f"rdr {bits}, fp32"]
+        top1 = statistics.fmean(x["same_top1"] for x in close["documents"])
+        smaller = gpu["HF static"]["cache_bytes"] / fast["allocated_bytes"]
+        cells = [
+            f"`{name}`",
+            f"{bits:g}",
+            f"{close['summary']['kl_mean']:.4f} ({close['summary']['kl_max']:.4f})",
+            f"{100 * top1:.1f} %",
+            f"1 / {smaller:.1f}",
+            *(f"{_ms(x['ms'])} ms ({x['faster']:.1f}x)" for x in (fast, slow)),
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def tensor_parallel() -> str:
+    """A step of a model that is split over GPUs, and the bytes of a rank's cache."""
+    runs = _result("tensor_parallel")["runs"]
+    names = list(dict.fromkeys(x["name"] for run in runs for x in run["lines"]))
+    rows = [f"| GPUs, tokens | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    for run in runs:
+        for tokens in dict.fromkeys(x["tokens"] for x in run["lines"]):
+            lines = {x["name"]: x for x in run["lines"] if x["tokens"] == tokens}
+            first = lines[names[0]]["ms"]
+            cells = [
+                f"{_ms(x['ms'])} ({first / x['ms']:.2f}x), {x['bytes'] / 1e6:.0f} MB"
+                for x in (lines[name] for name in names)
+            ]
+            rows.append(f"| {run['processes']}, {tokens // 1024}k | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 #: Those of the README, which has each once; and those of the docs alone.
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Callable[[], str]] = {"presets": presets, "step": step}
+MORE: dict[str, Callable[[], str]] = {
     "fidelity": fidelity,
     "retention": retention,
     "long": long,
     "passkey": passkey,
     "demo": demo,
     "attend": attend,
-    "step": step,
     "prompts": prompts,
     "cpu": cpu,
+    "tensor-parallel": tensor_parallel,
+    "runs": runs,
 }
-MORE: dict[str, Callable[[], str]] = {"runs": runs}
 
 
 def filled(page: str, text: str) -> str:

@@ -44,6 +44,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the cache."""
     parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="settings by name: exact, quality, balanced or small; what is set beside it counts",
+    )
+    parser.add_argument(
         "--bits",
         type=float,
         metavar="B",
@@ -76,8 +81,12 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The settings the user named, checked now rather than after the model has loaded."""
     import skv_compile as skv
+    from skv_compile.config import PRESETS
 
     chosen = {k: v for k in CACHE_SETTINGS if (v := getattr(args, k)) is not None}
+    if args.preset is not None:
+        skv.Config.preset(args.preset)
+        chosen = PRESETS[args.preset] | chosen
     skv.Config(**chosen)
     return chosen
 
