@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 #: Rows compared at once: 64 rows of a 150k vocabulary are 77 MB in float64.
 CHUNK = 64
+FIRST = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,48 @@ def score_continuation(
     model(ids[:, :prefix], **fill)
     out = model(ids[:, prefix:], past_key_values=cache, use_cache=True)
     return out.logits[0]
+
+
+@torch.no_grad()
+def loglikelihood(
+    model: torch.nn.Module, ids: list[int], scored: int, cache: Any, chunk: int
+) -> tuple[float, bool]:
+    """Log-likelihood in nats of the last ``scored`` of ``ids``, computed through ``cache``, and
+    whether every one of them is the model's first choice.
+
+    What comes before them fills the cache in one forward, as a prompt does; they follow in chunks
+    of ``chunk`` tokens, each of which reads what the cache has made of all before. Where there is
+    little before them, the first :data:`FIRST` tokens go together: frames are fitted to that many.
+
+    Raises:
+        ValueError: nothing is scored, or nothing comes before it.
+        FloatingPointError: a logit is NaN or infinite.
+    """
+    if not 0 < scored < len(ids) or chunk < 1:
+        raise ValueError(
+            f"loglikelihood needs tokens to score and one before them, in chunks of at least one; "
+            f"got {scored} of {len(ids)}, chunk={chunk}"
+        )
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    end, first = len(ids) - 1, len(ids) - 1 - scored  # of what the logits are of
+    start = min(end, max(first, FIRST))
+    total, greedy = 0.0, True
+    for begin, stop in _parts(start, end, chunk):
+        logits = model(tokens[:, begin:stop], past_key_values=cache, use_cache=True).logits[0]
+        rows = logits[max(first - begin, 0) :]
+        if len(rows) == 0:
+            continue
+        wanted = tokens[0, stop - len(rows) + 1 : stop + 1]
+        found = _finite(rows, "the model's", stop - len(rows)).log_softmax(-1)
+        total += float(found.gather(1, wanted[:, None]).sum())
+        greedy &= bool((found.argmax(-1) == wanted).all())
+    return total, greedy
+
+
+def _parts(start: int, end: int, chunk: int) -> list[tuple[int, int]]:
+    """[0, start), then chunks up to ``end``."""
+    cuts = [0, *range(start, end, chunk), end]
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 @torch.no_grad()

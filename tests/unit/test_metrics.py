@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from support import tiny as model_of
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import skv_compile as skv
 from skv_compile import metrics
 
 
@@ -138,3 +140,37 @@ def test_prefix_outside_the_sequence_raises(tiny: LlamaForCausalLM, prefix: int)
 def test_several_sequences_raise(tiny: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="one sequence"):
         metrics.score_continuation(tiny, torch.zeros(2, 30, dtype=torch.long), 5, None)
+
+
+@pytest.mark.parametrize("before", [1, 40, 300])
+@pytest.mark.parametrize("chunk", [1000, 16, 1])
+def test_loglikelihood_is_that_of_one_forward(before: int, chunk: int) -> None:
+    model = model_of("llama")
+    ids = torch.randint(1, 128, (1, before + 37))
+    with torch.no_grad():
+        found = model(ids[:, :-1]).logits[0, before - 1 :].double().log_softmax(-1)
+    want = found.gather(1, ids[0, before:, None]).sum().item()
+    cache = skv.SphericalCache(model.config, 512, codec="identity")
+    got, greedy = metrics.loglikelihood(model, ids[0].tolist(), 37, cache, chunk)
+    assert got == pytest.approx(want, abs=1e-3)
+    assert greedy == bool((found.argmax(-1) == ids[0, before:]).all())
+    first = model(ids[:, :-1]).logits[0, -1].argmax().item()
+    cache.reset()
+    assert metrics.loglikelihood(model, [*ids[0, :-1].tolist(), first], 1, cache, chunk)[1]
+
+
+def test_loglikelihood_reads_the_codes() -> None:
+    model = model_of("llama")
+    ids = torch.randint(1, 128, (340,)).tolist()
+    settings = {"codec": "grid", "retention": "none", "recent": 16, "page_tokens": 16}
+    caches = [skv.SphericalCache(model.config, 512, bits=b, **settings) for b in (2.5, 4.5)]
+    exact = skv.SphericalCache(model.config, 512, codec="identity")
+    want, _ = metrics.loglikelihood(model, ids, 40, exact, 8)
+    coarse, fine = (abs(metrics.loglikelihood(model, ids, 40, c, 8)[0] - want) for c in caches)
+    assert coarse > fine > 1e-3
+
+
+@pytest.mark.parametrize(("scored", "chunk"), [(0, 8), (5, 8), (2, 0)])
+def test_loglikelihood_refuses(scored: int, chunk: int) -> None:
+    with pytest.raises(ValueError, match="tokens to score and one before them"):
+        metrics.loglikelihood(model_of("llama"), [1, 2, 3, 4, 5], scored, None, chunk)
