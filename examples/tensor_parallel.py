@@ -39,11 +39,15 @@ def main() -> None:
     ids = torch.arange(400, device=model.device)[None] % model.config.vocab_size
     out = model.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None)
     cache = model._skv.cache
-    print(
+    line = (
         f"rank {dist.get_rank()}: {cache.states[0].heads} kv heads, "
         f"{cache.dense_bytes:,} bytes dense, {cache.resident_bytes:,} now, "
         f"last tokens {out[0, -4:].tolist()}"
     )
+    lines = [""] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    if dist.get_rank() == 0:
+        print("\n".join(lines))
     dist.destroy_process_group()
 
 
