@@ -45,16 +45,17 @@ def _microseconds(name: str) -> str:
     return f"{1000 * line['ms']:.0f} us"
 
 
-def _compile(where: str, name: str) -> str:
+def _compiled(where: str, name: str) -> dict[str, Any]:
     found = result("compile_time")
-    lines = found["lines"] if where == "cpu" else found["cuda"]["lines"]
-    return f"{_line(lines, name=name)['ratio']:.2f}"
+    return _line(found["lines"] if where == "cpu" else found["cuda"]["lines"], name=name)
+
+
+def _compile(where: str, name: str) -> str:
+    return f"{_compiled(where, name)['ratio']:.2f}"
 
 
 def _compile_seconds(where: str) -> str:
-    found = result("compile_time")
-    lines = found["lines"] if where == "cpu" else found["cuda"]["lines"]
-    return f"{_line(lines, name='HF static')['seconds']:.0f} s"
+    return f"{_compiled(where, 'HF static')['seconds']:.0f} s"
 
 
 def _blocks(rate: str) -> str:

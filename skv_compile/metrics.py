@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from .codec.tiers import CALIBRATE_TOKENS
+
 #: Rows compared at once: 64 rows of a 150k vocabulary are 77 MB in float64.
 CHUNK = 64
-FIRST = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def loglikelihood(
 
     What comes before them fills the cache in one forward, as a prompt does; they follow in chunks
     of ``chunk`` tokens, each of which reads what the cache has made of all before. Where there is
-    little before them, the first :data:`FIRST` tokens go together: frames are fitted to that many.
+    little before them, the first ``CALIBRATE_TOKENS`` go together: frames are fitted to that many.
 
     Raises:
         ValueError: nothing is scored, or nothing comes before it.
@@ -95,7 +96,7 @@ def loglikelihood(
         )
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     end, first = len(ids) - 1, len(ids) - 1 - scored  # of what the logits are of
-    start = min(end, max(first, FIRST))
+    start = min(end, max(first, CALIBRATE_TOKENS))
     total, greedy = 0.0, True
     for begin, stop in _parts(start, end, chunk):
         logits = model(tokens[:, begin:stop], past_key_values=cache, use_cache=True).logits[0]

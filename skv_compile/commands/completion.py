@@ -59,6 +59,7 @@ def script(shell: str) -> str:
         if action.dest in words:
             action.choices = words[action.dest]
         elif action.metavar in FILES:
+            # shtab reads this attribute, which argparse does not know.
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(parser, shell=shell)
 

@@ -227,7 +227,7 @@ class Attachment:
         total = length + new if new is not None else max(setting("max_length") or 0, length + 20)
         total += setting("prompt_lookup_num_tokens") or 0  # guesses reach beyond the last token
         rows *= max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        total = -(-total // LENGTH_STEP) * LENGTH_STEP
+        total = room_for(total)
         if not keeps:
             return SphericalCache(model.config, total, self.config)
         old, returned = self._cache, setting("return_dict_in_generate")
@@ -335,6 +335,11 @@ def own_errors() -> Iterator[None]:
 def _shortened(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return textwrap.shorten(lines[0] if lines else repr(error), 500, placeholder=" ...")
+
+
+def room_for(tokens: int) -> int:
+    """Tokens of a cache that so many fit in: a multiple of :data:`LENGTH_STEP`."""
+    return -(-tokens // LENGTH_STEP) * LENGTH_STEP
 
 
 def _same(cache: SphericalCache, total: int, rows: int, model: Any) -> bool:

@@ -25,7 +25,7 @@ from ..cache.spherical import SphericalCache
 from ..config import Config, make_config
 from ..errors import ConfigError, shown
 from ..metrics import loglikelihood
-from .hf import LENGTH_STEP
+from .hf import room_for
 
 Request = tuple[Any, list[int], list[int]]  # what it is remembered by; context; continuation
 
@@ -60,7 +60,7 @@ class SkvLM(HFLM):
 
     def _empty_cache(self, tokens: int) -> SphericalCache:
         """A cache that so many tokens fit in; its memory is used again."""
-        size = -(-tokens // LENGTH_STEP) * LENGTH_STEP
+        size = room_for(tokens)
         if self._cache is None or self._cache.max_cache_len != size:
             self._cache = SphericalCache(self.model.config, size, self._settings)
         else:
